@@ -1,0 +1,25 @@
+#!/bin/sh
+# `make check`: runs every checker, also after one has failed, and fails if any did.
+set -u
+cd -- "$(dirname -- "$0")/.." || exit 1
+
+failed=
+step() {
+    name=$1
+    shift
+    start=$(date +%s)
+    if "$@"; then state=ok; else
+        state=FAILED
+        failed="$failed $name"
+    fi
+    printf 'check: %-8s %s (%d s)\n' "$name" "$state" $(($(date +%s) - start))
+}
+
+step lint .venv/bin/python -m ruff check minitron tests
+step format .venv/bin/python -m ruff format --check minitron tests
+step layers .venv/bin/lint-imports --no-logo
+step types .venv/bin/python -m mypy
+[ -z "$failed" ] || {
+    printf 'check: failed:%s (make format mends most of lint and format)\n' "$failed" >&2
+    exit 1
+}

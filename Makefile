@@ -1,0 +1,44 @@
+# Every target installs what it needs first (launch/setup.sh; at once when nothing changed).
+# ARGS goes on to the command: make demo ARGS="distill.num_tokens=200000", make test ARGS="-k kl".
+
+ARGS ?=
+PY := .venv/bin/python
+CODE := minitron tests
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test check bench format lock clean
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' Makefile
+
+setup: ## make .venv and install everything pinned in requirements.lock (PYTHON=... chooses one)
+	@sh launch/setup.sh
+
+demo: setup ## compress a real 135M model on this machine, ending with a report
+	@.venv/bin/minitron compress experiment=demo $(ARGS)
+
+test: setup ## run the tests
+	@$(PY) -m pytest $(ARGS)
+
+check: setup ## lint, format, types, import layers
+	@sh .ci/check.sh
+
+bench: setup ## run every benchmark in tests/bench
+	@for file in tests/bench/[a-z]*.py; do \
+		[ -e "$$file" ] || { echo "no benchmark in tests/bench"; break; }; \
+		name=$$(basename "$$file" .py); \
+		echo "== tests.bench.$$name"; $(PY) -m "tests.bench.$$name" $(ARGS) || exit 1; \
+	done
+
+format: setup ## format the code and mend what ruff can
+	@$(PY) -m ruff check --fix $(CODE)
+	@$(PY) -m ruff format $(CODE)
+
+lock: setup ## resolve pyproject.toml into requirements.lock again (ARGS=--upgrade for newer versions)
+	@.venv/bin/uv pip compile pyproject.toml --extra demo --extra dev --universal \
+		--python-version 3.12 --generate-hashes --no-emit-index-url \
+		--custom-compile-command "make lock" --quiet --output-file requirements.lock $(ARGS)
+
+clean: ## remove caches and build results (.venv and runs/ stay)
+	@rm -rf .pytest_cache .mypy_cache .ruff_cache .import_linter_cache build dist *.egg-info
+	@find minitron tests -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,1 @@
+"""Checkpoints in the global (unsharded) space, and the folder around them."""

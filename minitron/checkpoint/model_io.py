@@ -1,0 +1,59 @@
+"""Load and save a model's shards through Megatron-Core's sharded checkpoints, at any layout."""
+
+from pathlib import Path
+from typing import Any
+
+from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.core import CheckpointingException
+from megatron.core.dist_checkpointing.mapping import ShardedStateDict
+from megatron.core.dist_checkpointing.validation import StrictHandling
+from megatron.core.models.gpt.gpt_model import GPTModel
+
+from minitron.checkpoint.folder import weights_dir
+from minitron.errors import CheckpointError
+
+
+def load_model(gpt: GPTModel, folder: Path) -> None:
+    """Fill this rank's part of a model from a checkpoint folder, resharding as needed.
+
+    Args:
+        gpt: The model, built for any layout.
+        folder: A checkpoint folder (`minitron.checkpoint.folder`).
+
+    Raises:
+        CheckpointError: A parameter is missing from the checkpoint, or has another shape.
+    """
+    state = load_sharded(_weights_only(gpt.sharded_state_dict()), weights_dir(folder))
+    missing, unexpected = gpt.load_state_dict(state, strict=False)
+    missing = [name for name in missing if not name.endswith("_extra_state")]
+    if missing or unexpected:
+        raise CheckpointError(
+            f"{folder} does not fit the model: missing {missing[:3]}, unexpected {unexpected[:3]}"
+        )
+
+
+def save_model(gpt: GPTModel, folder: Path) -> None:
+    """Write the model's weights, and nothing else, into a checkpoint folder. Called by every rank."""
+    save_sharded(_weights_only(gpt.sharded_state_dict()), weights_dir(folder))
+
+
+def load_sharded(state: ShardedStateDict, path: Path) -> dict[str, Any]:
+    """Load a sharded state dict; a key that is asked for and not there is an error."""
+    try:
+        loaded: dict[str, Any] = dist_checkpointing.load(
+            state, str(path), strict=StrictHandling.RAISE_UNEXPECTED
+        )
+    except CheckpointingException as error:
+        first = str(error).strip().splitlines()[0]
+        raise CheckpointError(f"{path} cannot be loaded: {first}") from error
+    return loaded
+
+
+def save_sharded(state: ShardedStateDict, path: Path) -> None:
+    """Save a sharded state dict."""
+    dist_checkpointing.save(state, str(path))
+
+
+def _weights_only(state: ShardedStateDict) -> ShardedStateDict:
+    """Leave out FP8 histories: they mean nothing after slicing, and the CPU has none."""
+    return {key: value for key, value in state.items() if not key.endswith("_extra_state")}

@@ -1,0 +1,1 @@
+"""The seams with foreign code: the CPU device layer for Megatron-Core."""

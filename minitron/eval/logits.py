@@ -1,0 +1,115 @@
+"""Full logits of a model in its parallel layout, for samples and for comparison with another implementation."""
+
+from pathlib import Path
+
+import torch
+from megatron.core.models.gpt.gpt_model import GPTModel
+from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
+from torch import Tensor
+
+from minitron.data.batch import Batch
+from minitron.data.loader import heldout_batches
+from minitron.models.gpt import FinalState
+from minitron.parallel.groups import Groups
+from minitron.train.heldout import forward_only
+
+
+def model_logits(
+    gpt: GPTModel,
+    tokens_BS: Tensor,
+    groups: Groups,
+    *,
+    vocab_size: int,
+    sequence_parallel: bool = False,
+    last_only: bool = False,
+) -> Tensor:
+    """Logits of every position, on every rank. Materialises them: for a few tokens only.
+
+    Args:
+        gpt: This rank's part of the model.
+        tokens_BS: Token ids [B, S], the same on every rank.
+        groups: This rank's process groups.
+        vocab_size: True size of the vocabulary; padding columns are cut off.
+        sequence_parallel: Whether hidden states are split along the sequence.
+        last_only: Only the last position.
+
+    Returns:
+        fp32 logits [B, S, V], or [B, 1, V].
+    """
+    size, length = tokens_BS.shape
+    batch = Batch(
+        tokens_BS=tokens_BS,
+        labels_BS=tokens_BS,
+        position_ids_BS=torch.arange(length, device=tokens_BS.device).repeat(size, 1),
+        loss_mask_BS=torch.ones(size, length, device=tokens_BS.device),
+    )
+
+    def logits_of(state: FinalState, _batch: Batch) -> Tensor:
+        hidden_SBH = state.hidden_SBH
+        if sequence_parallel:
+            hidden_SBH = gather_from_sequence_parallel_region(hidden_SBH, group=groups.tp)
+        if last_only:
+            hidden_SBH = hidden_SBH[-1:]
+        return (hidden_SBH @ state.weight_vH.t()).float().transpose(0, 1).contiguous()
+
+    collected = forward_only(gpt, [batch], logits_of)
+    positions = 1 if last_only else length
+    full = torch.empty(size, positions, vocab_size, device=tokens_BS.device)
+    if groups.is_last_stage:
+        shards = [torch.empty_like(collected[0]) for _ in range(groups.tp.size())]
+        torch.distributed.all_gather(shards, collected[0], group=groups.tp)
+        full.copy_(torch.cat(shards, dim=-1)[..., :vocab_size])
+    torch.distributed.broadcast(full, src=groups.last_stage_source, group=groups.pp)
+    return full
+
+
+def greedy_tokens(
+    gpt: GPTModel, prompt: list[int], groups: Groups, *, num_tokens: int, vocab_size: int, stop: int | None
+) -> list[int]:
+    """Continue a prompt with the likeliest token each time; no cache, so for short samples only.
+
+    Args:
+        gpt: This rank's part of the model, in evaluation mode.
+        prompt: Token ids.
+        groups: This rank's process groups.
+        num_tokens: Most tokens to add.
+        vocab_size: True size of the vocabulary.
+        stop: Token that ends the sample.
+
+    Returns:
+        The added tokens.
+    """
+    tokens = list(prompt)
+    device = next(gpt.parameters()).device
+    for _ in range(num_tokens):
+        logits = model_logits(
+            gpt, torch.tensor([tokens], device=device), groups, vocab_size=vocab_size, last_only=True
+        )
+        tokens.append(int(logits[0, -1].argmax()))
+        if tokens[-1] == stop:
+            break
+    return tokens[len(prompt) :]
+
+
+def logit_error(ours_BSV: Tensor, theirs_BSV: Tensor) -> float:
+    """Largest difference between two sets of logits, relative to the largest logit."""
+    return float((ours_BSV - theirs_BSV).abs().max() / theirs_BSV.abs().max())
+
+
+def example_tokens(data: Path, *, vocab_size: int, seq_length: int, seed: int) -> Tensor:
+    """A few token ids to compare logits on: held-out text, [2, S].
+
+    Args:
+        data: The data folder.
+        vocab_size: Ids are below it.
+        seq_length: Tokens of a sequence.
+        seed: Unused ids are drawn with it when the text is shorter than two sequences.
+    """
+    batches = heldout_batches(
+        data, seq_length=seq_length, micro_batch_size=1, dp_rank=0, dp_size=1, max_tokens=2 * seq_length
+    )
+    rows = [batch.tokens_BS for batch in batches]
+    while len(rows) < 2:
+        generator = torch.Generator().manual_seed(seed)
+        rows.append(torch.randint(0, vocab_size, (1, seq_length), generator=generator))
+    return torch.cat(rows[:2])

@@ -1,0 +1,187 @@
+"""The chunk engine: output layer, blocks of tokens, dtypes and autograd around one `Divergence`.
+
+Everything is computed in the forward pass, gradients included: a chunk's logits are made, turned
+into their own gradient and multiplied out before the next chunk's are made. The backward pass only
+scales.
+
+Precision: products are made in the inputs' dtype (as Megatron's output layer does); softmax,
+divergence and sums in fp32; the weight's gradient is accumulated over the chunks in fp32. fp64
+inputs are computed in fp64.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from minitron.errors import ConfigError
+from minitron.losses.divergence import Divergence
+from minitron.losses.vocab import VocabShard
+
+_MIB = 2**20
+
+
+@dataclass(frozen=True)
+class Job:
+    """What a loss needs besides the differentiable tensors.
+
+    Attributes:
+        divergence: the loss of a block.
+        target: gives what the divergence compares with (teacher's logits or labels) for a slice of
+            the tokens; valid until it is called again.
+        weight_T: token weights, in the dtype of the computation (fp32, or fp64).
+        vocab: this rank's columns.
+        chunk_tokens: tokens per matrix product.
+    """
+
+    divergence: Divergence
+    target: Callable[[slice], Tensor]
+    weight_T: Tensor
+    vocab: VocabShard
+    chunk_tokens: int
+
+
+def linear_loss(hidden_TH: Tensor, weight_vH: Tensor, job: Job) -> Tensor:
+    """Weighted loss of the logits ``hidden @ weight.T``, which never exist as a whole."""
+    enabled = torch.is_grad_enabled()
+    needs = (enabled and hidden_TH.requires_grad, enabled and weight_vH.requires_grad)
+    loss: Tensor = _LinearLoss.apply(hidden_TH, weight_vH, job, *needs)  # type: ignore[no-untyped-call]
+    return loss
+
+
+def logits_loss(logits_Tv: Tensor, job: Job) -> Tensor:
+    """Weighted loss of logits that exist already."""
+    needs_grad = torch.is_grad_enabled() and logits_Tv.requires_grad
+    loss: Tensor = _LogitsLoss.apply(logits_Tv, job, needs_grad)  # type: ignore[no-untyped-call]
+    return loss
+
+
+def choose_chunk_tokens(chunk_tokens: int | None, hidden_TH: Tensor, vocab: VocabShard) -> int:
+    """Tokens per matrix product: enough for efficient products, few enough to bound the memory.
+
+    Args:
+        chunk_tokens: the caller's wish, None for a choice by the bytes of a chunk of logits.
+        hidden_TH: final hidden state.
+        vocab: this rank's columns.
+
+    Raises:
+        ConfigError: the wish is not positive.
+    """
+    if chunk_tokens is None:
+        budget = (32 if hidden_TH.device.type == "cpu" else 256) * _MIB
+        return max(16, budget // (hidden_TH.dtype.itemsize * vocab.num_columns) // 16 * 16)
+    if chunk_tokens < 1:
+        raise ConfigError(f"chunk_tokens is {chunk_tokens}, expected at least 1, or None to choose by itself")
+    return chunk_tokens
+
+
+class _LinearLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, hidden_TH: Tensor, weight_vH: Tensor, job: Job, need_hidden: bool, need_weight: bool
+    ) -> Tensor:
+        num_tokens, num_valid = hidden_TH.shape[0], job.vocab.num_valid
+        rows_vH = weight_vH[:num_valid]
+        grad_hidden_TH = torch.empty_like(hidden_TH) if need_hidden else None
+        grad_weight_vH = torch.zeros_like(weight_vH, dtype=job.weight_T.dtype) if need_weight else None
+        logits_Cv = hidden_TH.new_empty(min(job.chunk_tokens, num_tokens), num_valid)
+        loss = hidden_TH.new_zeros((), dtype=torch.float64)
+        for start in range(0, num_tokens, job.chunk_tokens):
+            tokens = slice(start, min(start + job.chunk_tokens, num_tokens))
+            hidden_CH = hidden_TH[tokens]
+            student_Cv = torch.mm(hidden_CH, rows_vH.t(), out=logits_Cv[: hidden_CH.shape[0]])
+            grad_Cv = student_Cv if need_hidden or need_weight else None
+            loss += _block_loss(job, student_Cv, job.target(tokens), grad_Cv, job.weight_T[tokens])
+            if grad_hidden_TH is not None:
+                torch.mm(student_Cv, rows_vH, out=grad_hidden_TH[tokens])
+            if grad_weight_vH is not None:
+                _accumulate(grad_weight_vH[:num_valid], student_Cv, hidden_CH)
+        ctx.save_for_backward(grad_hidden_TH, grad_weight_vH)
+        ctx.weight_dtype = weight_vH.dtype
+        return loss.to(job.weight_T.dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
+        grad_hidden_TH, grad_weight_vH = ctx.saved_tensors
+        if grad_hidden_TH is not None:
+            grad_hidden_TH = _scale(grad_hidden_TH, grad_loss)
+        if grad_weight_vH is not None:
+            grad_weight_vH = _scale(grad_weight_vH, grad_loss).to(ctx.weight_dtype)
+        return grad_hidden_TH, grad_weight_vH, None, None, None
+
+
+class _LogitsLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, logits_Tv: Tensor, job: Job, needs_grad: bool) -> Tensor:
+        valid_Tv = logits_Tv[:, : job.vocab.num_valid]
+        grad_Tv = grad_valid_Tv = None
+        if needs_grad:
+            grad_Tv = torch.empty_like(logits_Tv)
+            grad_Tv[:, job.vocab.num_valid :] = 0
+            grad_valid_Tv = grad_Tv[:, : job.vocab.num_valid]
+        loss = _block_loss(job, valid_Tv, job.target(slice(None)), grad_valid_Tv, job.weight_T)
+        ctx.save_for_backward(grad_Tv)
+        return loss.to(job.weight_T.dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
+        (grad_Tv,) = ctx.saved_tensors
+        return None if grad_Tv is None else _scale(grad_Tv, grad_loss), None, None
+
+
+def _block_loss(job: Job, student_Tv: Tensor, target: Tensor, grad_Tv: Tensor | None, weight_T: Tensor) -> Tensor:
+    """Weighted loss of these tokens in fp64, and its gradient into ``grad_Tv``, block by block.
+
+    ``grad_Tv`` may be the memory of ``student_Tv``.
+    """
+    dtype = job.weight_T.dtype
+    block = _block_tokens(student_Tv, job.vocab, dtype)
+    buffer_Cv = None
+    if student_Tv.dtype != dtype:
+        buffer_Cv = torch.empty_like(student_Tv[:block], dtype=dtype)
+    loss = weight_T.new_zeros((), dtype=torch.float64)
+    for start in range(0, student_Tv.shape[0], block):
+        tokens = slice(start, start + block)
+        student_Cv, target_C, weight_C = student_Tv[tokens], target[tokens], weight_T[tokens]
+        grad_Cv = None if grad_Tv is None else grad_Tv[tokens]
+        out_Cv = grad_Cv
+        if buffer_Cv is not None:
+            student_Cv = buffer_Cv[: student_Cv.shape[0]].copy_(student_Cv)
+            out_Cv = None if grad_Cv is None else student_Cv
+        if target_C.is_floating_point():
+            target_C = target_C.to(dtype)
+        loss += (job.divergence(student_Cv, target_C, out_Cv, weight_C, job.vocab) * weight_C).sum()
+        if grad_Cv is not None and out_Cv is not None and out_Cv is not grad_Cv:
+            grad_Cv.copy_(out_Cv)
+    return loss
+
+
+def _accumulate(grad_vH: Tensor, grad_logits_Cv: Tensor, hidden_CH: Tensor) -> None:
+    """Add ``grad_logits.T @ hidden`` to the weight's gradient, which may be in a wider dtype."""
+    if grad_vH.dtype == hidden_CH.dtype:
+        grad_vH.addmm_(grad_logits_Cv.t(), hidden_CH)
+        return
+    for start in range(0, grad_vH.shape[0], 8192):  # by rows: the product in the narrow dtype stays small
+        rows = slice(start, start + 8192)
+        grad_vH[rows] += grad_logits_Cv[:, rows].t() @ hidden_CH
+
+
+def _scale(grad: Tensor, grad_loss: Tensor) -> Tensor:
+    """Multiply by the incoming gradient: in place, unless the graph is kept for another backward."""
+    if torch._C._autograd._get_current_graph_task_keep_graph():
+        return grad * grad_loss
+    if grad_loss.device.type == "cpu" and grad_loss.item() == 1.0:
+        return grad
+    return grad.mul_(grad_loss)
+
+
+def _block_tokens(logits_Tv: Tensor, vocab: VocabShard, dtype: torch.dtype) -> int:
+    """Tokens per block: what stays in the cache of a lone CPU rank, else few launches and collectives."""
+    cpu_bytes = 3 * _MIB // 2 if vocab.num_ranks == 1 else 8 * _MIB
+    budget = cpu_bytes if logits_Tv.device.type == "cpu" else 64 * _MIB
+    return max(1, budget // (dtype.itemsize * vocab.num_columns))

@@ -1,0 +1,1 @@
+"""The model: its axes table, its Megatron build, and its Hugging Face form."""

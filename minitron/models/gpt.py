@@ -1,0 +1,113 @@
+"""Build this rank's part of a model on Megatron-Core, and run it up to its final hidden state."""
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from megatron.core.models.gpt.gpt_layer_specs import (
+    get_gpt_layer_local_spec,
+    get_gpt_layer_with_transformer_engine_spec,
+)
+from megatron.core.models.gpt.gpt_model import GPTModel
+from megatron.core.transformer.spec_utils import ModuleSpec
+from torch import Tensor
+
+from minitron.config.model import ModelConfig
+from minitron.config.parallel import ParallelConfig
+from minitron.config.run import Device, PrecisionConfig
+from minitron.data.batch import Batch
+from minitron.models.transformer_config import padded_vocab_size, transformer_config
+from minitron.parallel.groups import Groups
+
+logging.getLogger("megatron.core.models.gpt.gpt_model").setLevel(logging.ERROR)  # GPTModel "is deprecated"
+
+
+@dataclass(frozen=True)
+class FinalState:
+    """What the last pipeline stage hands to a loss instead of logits, which are never materialised.
+
+    Attributes:
+        hidden_SBH: Normed hidden state of the last layer (``s`` of S under sequence parallelism).
+        weight_vH: This rank's rows of the output layer.
+    """
+
+    hidden_SBH: Tensor
+    weight_vH: Tensor
+
+
+def build_gpt(
+    model: ModelConfig,
+    parallel: ParallelConfig,
+    precision: PrecisionConfig,
+    groups: Groups,
+    *,
+    device: Device,
+    initialize: bool = False,
+    local_spec: bool = False,
+) -> GPTModel:
+    """Build this pipeline stage of a model.
+
+    Args:
+        model: The architecture.
+        parallel: The layout.
+        precision: Number formats.
+        groups: This rank's process groups.
+        device: ``cpu`` or ``cuda``.
+        initialize: Draw random weights (for training from scratch) instead of leaving them undefined.
+        local_spec: Use Megatron's own modules even on CUDA. Scoring needs it: Transformer Engine fuses
+            the norms into the linears, where no hook can see their output.
+    """
+    config = transformer_config(model, parallel, precision, device=device, initialize=initialize)
+    scaling = model.rope_scaling
+    gpt = GPTModel(
+        config,
+        _layer_spec(device, local_spec=local_spec),
+        vocab_size=padded_vocab_size(model.vocab_size, parallel.tensor_model_parallel_size),
+        max_sequence_length=model.max_position_embeddings,
+        pre_process=groups.is_first_stage,
+        post_process=groups.is_last_stage,
+        share_embeddings_and_output_weights=model.share_embeddings_and_output_weights,
+        position_embedding_type="rope",
+        rotary_base=model.rotary_base,  # type: ignore[arg-type]  # Megatron says int, and computes in float
+        rope_scaling=scaling is not None,
+        rope_scaling_factor=scaling.factor if scaling else 1.0,
+        pg_collection=groups.collection,
+    )
+    return gpt if device is Device.cpu else gpt.cuda()
+
+
+def _layer_spec(device: Device, *, local_spec: bool) -> ModuleSpec:
+    if local_spec or device is Device.cpu:
+        return get_gpt_layer_local_spec(normalization="RMSNorm")
+    return get_gpt_layer_with_transformer_engine_spec()
+
+
+def forward_to_final_state(gpt: torch.nn.Module, batch: Batch) -> Tensor | FinalState:
+    """Run this stage of a model on a micro-batch.
+
+    Args:
+        gpt: A `GPTModel`, or Megatron's wrapper around one.
+        batch: Tokens [B, S]; used by the first stage (and for the positions by all).
+
+    Returns:
+        The hidden state to send on [S, B, H]; on the last stage a `FinalState`.
+    """
+    output: Tensor | FinalState = gpt(
+        batch.tokens_BS, batch.position_ids_BS, None, output_processor=_final_state
+    )
+    return output
+
+
+def _final_state(
+    *, hidden_states: Tensor, output_layer: Any, output_weight: Tensor | None, **_: object
+) -> FinalState:
+    """Megatron's hook in place of the output layer."""
+    weight = output_layer.weight if output_weight is None else output_weight
+    return FinalState(hidden_SBH=hidden_states, weight_vH=weight)
+
+
+def num_local_parameters(models: Sequence[torch.nn.Module]) -> int:
+    """Parameters that this rank holds."""
+    return sum(p.numel() for model in models for p in model.parameters())

@@ -1,0 +1,106 @@
+"""Fill Megatron's `TransformerConfig` from ours: the only place that does."""
+
+import torch
+import torch.nn.functional as F
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+from minitron.config.model import ModelConfig
+from minitron.config.parallel import ParallelConfig, stage_layers
+from minitron.config.run import Device, Dtype, PrecisionConfig
+from minitron.errors import ModelError
+
+TORCH_DTYPE = {Dtype.fp32: torch.float32, Dtype.bf16: torch.bfloat16}
+
+_MEGATRON_ROPE = {
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+}
+"""Megatron-Core 0.19 fixes these three of the llama3 rotary scaling and takes only the factor."""
+
+
+def transformer_config(
+    model: ModelConfig,
+    parallel: ParallelConfig,
+    precision: PrecisionConfig,
+    *,
+    device: Device,
+    initialize: bool,
+) -> TransformerConfig:
+    """Describe one model to Megatron.
+
+    Args:
+        model: The architecture.
+        parallel: The layout it is split over.
+        precision: Number formats.
+        device: ``cpu`` turns off the fused CUDA kernels.
+        initialize: Draw random weights; without it they are left for a checkpoint to fill.
+    """
+    check_rope(model)
+    on_cpu = device is Device.cpu
+    dtype = TORCH_DTYPE[precision.dtype]
+    stages = stage_layers(model.num_layers, parallel.pipeline_model_parallel_size)
+    return TransformerConfig(
+        num_layers=model.num_layers,
+        hidden_size=model.hidden_size,
+        ffn_hidden_size=model.ffn_hidden_size,
+        num_attention_heads=model.num_attention_heads,
+        num_query_groups=model.num_query_groups,
+        kv_channels=model.kv_channels,
+        layernorm_epsilon=model.layernorm_epsilon,
+        init_method_std=model.init_method_std,
+        normalization="RMSNorm",
+        activation_func=F.silu,
+        gated_linear_unit=True,
+        add_bias_linear=False,
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+        attention_softmax_in_fp32=True,
+        params_dtype=dtype,
+        pipeline_dtype=dtype,
+        bf16=precision.dtype is Dtype.bf16,
+        tensor_model_parallel_size=parallel.tensor_model_parallel_size,
+        pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
+        sequence_parallel=parallel.sequence_parallel,
+        num_layers_in_first_pipeline_stage=_if_uneven(stages, 0),
+        num_layers_in_last_pipeline_stage=_if_uneven(stages, -1),
+        perform_initialization=initialize,
+        use_cpu_initialization=on_cpu,
+        gradient_accumulation_fusion=not on_cpu,
+        masked_softmax_fusion=not on_cpu,
+        bias_activation_fusion=not on_cpu,
+        bias_dropout_fusion=not on_cpu,
+        apply_rope_fusion=not on_cpu,
+        # The schedules wait for pipeline sends one by one: gloo has no batched isend/irecv.
+        batch_p2p_comm=not on_cpu,
+        batch_p2p_sync=not on_cpu,
+        deallocate_pipeline_outputs=True,
+    )
+
+
+def check_rope(model: ModelConfig) -> None:
+    """Refuse a rotary scaling that Megatron cannot express.
+
+    Raises:
+        ModelError: With the values that differ.
+    """
+    if model.rope_scaling is None:
+        return
+    other = {
+        name: getattr(model.rope_scaling, name)
+        for name, value in _MEGATRON_ROPE.items()
+        if getattr(model.rope_scaling, name) != value
+    }
+    if other:
+        raise ModelError(
+            f"llama3 rotary scaling with {other} cannot be run: Megatron-Core fixes {_MEGATRON_ROPE}"
+        )
+
+
+def padded_vocab_size(vocab_size: int, tensor_model_parallel_size: int) -> int:
+    """Vocabulary rounded up so that every tensor-parallel rank holds as many rows."""
+    return -(-vocab_size // tensor_model_parallel_size) * tensor_model_parallel_size
+
+
+def _if_uneven(stages: list[int], which: int) -> int | None:
+    return None if len(set(stages)) == 1 else stages[which]

@@ -1,0 +1,167 @@
+"""A stage, the identities of a list of stages, and running what is not done yet."""
+
+import errno
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from minitron.config.run import RunConfig
+from minitron.errors import ArtefactError, MinitronError
+from minitron.runtime.artefact import RunFolder, StageIdentity, storage_error
+from minitron.runtime.environment import environment
+from minitron.runtime.session import Session
+
+
+def _nothing(_config: RunConfig) -> dict[str, str]:
+    return {}
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One step of the line.
+
+    Attributes:
+        name: Name of its folder.
+        needs: Stages whose artefacts it reads.
+        values: The configuration values that decide its result, by dotted key.
+        run: Does the work on every rank; writes into the given folder; what it returns on rank 0 is the summary.
+        outside: Hashes of content outside the run folder that it reads.
+        resumable: Whether an interrupted attempt's folder is of use.
+    """
+
+    name: str
+    needs: tuple[str, ...]
+    values: Callable[[RunConfig], dict[str, Any]]
+    run: Callable[[Session, Path], dict[str, Any]]
+    outside: Callable[[RunConfig], dict[str, str]] = field(default=_nothing)
+    resumable: bool = False
+
+
+@dataclass(frozen=True)
+class Planned:
+    """A stage with its identity and whether it is done.
+
+    Attributes:
+        stage: The stage.
+        identity: What its result depends on.
+        done: Its artefact exists.
+        changed: Why it is run again, when an older artefact is in its place.
+    """
+
+    stage: Stage
+    identity: StageIdentity
+    done: bool
+    changed: list[str]
+
+
+def plan_stages(stages: Sequence[Stage], config: RunConfig, run: RunFolder, wanted: Sequence[str]) -> list[Planned]:
+    """Decide which of the wanted stages are done.
+
+    Args:
+        stages: All stages, each after those it needs.
+        config: The run's configuration.
+        run: Its folder.
+        wanted: Names of the stages to run.
+
+    Raises:
+        ArtefactError: A finished stage was made with other inputs (see `RunFolder.is_done`), or a wanted stage needs
+            one that is neither done nor wanted.
+    """
+    identities: dict[str, StageIdentity] = {}
+    planned: list[Planned] = []
+    for stage in stages:
+        inputs = {name: identities[name].digest for name in stage.needs}
+        inputs |= stage.outside(config)
+        identity = StageIdentity(stage.name, stage.values(config), inputs)
+        identities[stage.name] = identity
+        if stage.name not in wanted:
+            continue
+        for needed in stage.needs:
+            _check_needed(identities[needed], run, wanted, stage.name)
+        done, changed = run.is_done(identity, config.on_change)
+        planned.append(Planned(stage, identity, done, changed))
+    return planned
+
+
+def _check_needed(identity: StageIdentity, run: RunFolder, wanted: Sequence[str], by: str) -> None:
+    if identity.stage in wanted:
+        return
+    meta = run.meta(identity.stage)
+    if meta is None:
+        raise ArtefactError(
+            f"{by} needs the stage {identity.stage}, which is not in {run.path}; "
+            f"run it first, or run `minitron compress` with the same settings"
+        )
+    if meta["digest"] != identity.digest:
+        changes = ", ".join(identity.differences(meta)[:3])
+        raise ArtefactError(
+            f"{by} needs the stage {identity.stage}, but {run.stage(identity.stage)} was made with other inputs "
+            f"({changes}); run that stage again, or use another name="
+        )
+
+
+def run_stages(planned: Sequence[Planned], session: Session) -> None:
+    """Run every planned stage that is not done. Called by all ranks with the same plan."""
+    for number, item in enumerate(planned, start=1):
+        label = f"[{number:>2}/{len(planned)}] {item.stage.name}"
+        if item.done:
+            meta = session.run.meta(item.stage.name) or {}
+            session.say(f"{label}: done before ({meta.get('seconds', 0):.0f} s then)")
+            continue
+        if item.changed:
+            session.say(f"{label}: running again, {'; '.join(item.changed[:4])}; the old result is in superseded/")
+        started = time.monotonic()
+        session.say(f"{label} ...")
+        summary = _run_stage(item, session)
+        shown = ", ".join(f"{key} {_short(value)}" for key, value in summary.items())
+        session.say(f"{label}: {time.monotonic() - started:.0f} s  {shown}")
+
+
+def _run_stage(item: Planned, session: Session) -> dict[str, Any]:
+    """Run one stage in its working folder and give the folder its place."""
+    started = time.monotonic()
+    partial = session.run.path / ".partial" / item.stage.name
+    summary: dict[str, Any] = {}
+    try:
+        if session.is_main:
+            session.run.begin(item.identity, resumable=item.stage.resumable)
+        torch.distributed.barrier()
+        summary = item.stage.run(session, partial)
+        torch.distributed.barrier()
+        if session.is_main:
+            session.run.finish(
+                item.identity,
+                summary=summary,
+                seconds=time.monotonic() - started,
+                environment=environment(),
+            )
+        torch.distributed.barrier()
+    except MinitronError:
+        raise
+    except Exception as error:
+        refused = _storage_cause(error)
+        if refused is None:
+            raise
+        raise storage_error(refused, partial) from error
+    return summary
+
+
+def _storage_cause(error: BaseException | None) -> OSError | None:
+    """The file system's refusal behind an error, if there is one."""
+    while error is not None:
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES):
+            return error
+        error = error.__cause__ or error.__context__
+    return None
+
+
+def _short(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    if isinstance(value, int):
+        return f"{value:,}"
+    return str(value)

@@ -1,0 +1,1 @@
+"""Pruning: scores from activations, a spec of what to keep, and the slicer that applies it."""

@@ -1,0 +1,333 @@
+"""Importance scores of a Megatron model from a forward-only pass, seen through forward hooks."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any, Self
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed import ProcessGroup
+from torch.utils.hooks import RemovableHandle
+
+from minitron.config.model import ModelConfig
+from minitron.config.score import Aggregation, HeadNorm, Reduction
+from minitron.errors import DataError, PlatformError
+from minitron.models.axes import Axis, ScoreSite, score_sites_of
+from minitron.prune.scores import Floats, Scores, WidthScores
+from minitron.prune.statistics import (
+    SQUARES,
+    TOTAL,
+    cosine_distance,
+    reduce_batch,
+    reduce_sequence,
+)
+
+
+@dataclass(frozen=True)
+class _Sums:
+    """Sums over samples for all layers of one stage, float64.
+
+    Attributes:
+        width: By site and sequence reduction, ``[L, 2, width]``: sum, and sum of squares.
+        samples: ``[L, number of sites]``: samples seen at each site.
+        layer: ``[L, 2]``: sum of ``1 - cos`` over tokens, and tokens.
+    """
+
+    width: dict[tuple[int, Reduction], Tensor]
+    samples: Tensor
+    layer: Tensor
+
+    def tensors(self) -> list[Tensor]:
+        """All of them, in an order that every rank of a stage shares."""
+        return [*self.width.values(), self.samples, self.layer]
+
+
+class ImportanceCollector:
+    """Context manager that watches a forward-only pass and gives `Scores` at the end.
+
+    The hooks are registered on entering and removed on leaving, however the block ends. Needs
+    Megatron's local layer spec, and no sequence parallelism (the local norm refuses it as well).
+
+        with ImportanceCollector(gpt.decoder.layers, model, ...) as collector:
+            for batch in batches:
+                collector.observe(weights_B)
+                forward(batch)
+        scores = collector.reduce(source_id=..., dp_group=..., tp_group=..., pp_group=...)
+    """
+
+    def __init__(
+        self,
+        layers: Iterable[nn.Module],
+        model: ModelConfig,
+        *,
+        seq_length: int,
+        aggregations: Sequence[Aggregation] = (Aggregation.l2_mean,),
+        head_norm: HeadNorm = HeadNorm.token,
+    ) -> None:
+        """Prepare empty sums.
+
+        Args:
+            layers: This rank's ``TransformerLayer`` modules; ``layer_number`` counts from 1 over
+                the whole model.
+            model: Architecture of the whole model.
+            seq_length: Tokens of every calibration sequence.
+            aggregations: What `reduce` is to compute.
+            head_norm: Where the norm over a head's channels is taken.
+
+        Raises:
+            PlatformError: A norm is fused into the linear after it, so its output cannot be seen.
+        """
+        self._layers = list(layers)
+        self._model = model
+        self._seq_length = seq_length
+        self._aggregations = list(aggregations)
+        self._seq_reductions = sorted({a.seq for a in aggregations}, key=lambda r: r.value)
+        self._head_norm = head_norm
+        self._sites = score_sites_of(model)
+        self._weights_B: Tensor | None = None
+        self._handles: list[RemovableHandle] = []
+        self._sums = self._empty_sums()
+
+    def __enter__(self) -> Self:
+        """Register the hooks."""
+        for index, layer in enumerate(self._layers):
+            self._handles.append(
+                layer.register_forward_hook(self._layer_hook(index), with_kwargs=True)
+            )
+            for number, site in enumerate(self._sites):
+                module = layer.get_submodule(site.module)
+                self._handles.append(
+                    module.register_forward_hook(self._site_hook(index, number, site))
+                )
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        """Remove the hooks."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+
+    def observe(self, weights_B: Tensor | None) -> None:
+        """Set the weights of the samples in the next forward passes.
+
+        Args:
+            weights_B: 1 for a sample that counts, 0 for one that only fills up the batch; None when
+                all count.
+        """
+        self._weights_B = weights_B
+
+    def reduce(
+        self,
+        *,
+        source_id: str,
+        dp_group: ProcessGroup | None = None,
+        tp_group: ProcessGroup | None = None,
+        pp_group: ProcessGroup | None = None,
+    ) -> Scores:
+        """Bring the sums of all ranks together; every rank gets the scores of the whole model.
+
+        Sums add up over data-parallel ranks, neurons and heads are joined over tensor-parallel
+        ranks in rank order, layers over pipeline stages by number. None stands for one rank.
+
+        Args:
+            source_id: Identity of the scored weights.
+            dp_group: Ranks with other samples and the same weights.
+            tp_group: Ranks with other heads and neurons of the same layers.
+            pp_group: Ranks with other layers.
+
+        Raises:
+            DataError: No sample was seen.
+            NumericsError: A score is not finite.
+        """
+        if dp_group is not None:
+            _all_reduce(self._sums.tensors(), dp_group)
+        stage = {
+            _number(layer): self._layer_sums(index, tp_group)
+            for index, layer in enumerate(self._layers)
+        }
+        layers = _gather_layers(stage, pp_group)
+        assert sorted(layers) == list(range(self._model.num_layers)), sorted(layers)
+        return self._finish([layers[number] for number in sorted(layers)], source_id)
+
+    def _empty_sums(self) -> _Sums:
+        """Zeros of this stage's shapes, known from the weights, so that no rank lacks one."""
+        depth = len(self._layers)
+        width: dict[tuple[int, Reduction], Tensor] = {}
+        device = torch.device("cpu")
+        for number, site in enumerate(self._sites):
+            weights = [_weight(layer, site) for layer in self._layers]
+            device = weights[0].device
+            size = weights[0].shape[-1]
+            if site.axis is Axis.head and self._head_norm is HeadNorm.token:
+                size //= self._model.kv_channels
+            for reduction in self._seq_reductions:
+                width[number, reduction] = torch.zeros(
+                    depth, 2, size, dtype=torch.float64, device=device
+                )
+        return _Sums(
+            width=width,
+            samples=torch.zeros(depth, len(self._sites), dtype=torch.float64, device=device),
+            layer=torch.zeros(depth, 2, dtype=torch.float64, device=device),
+        )
+
+    def _site_hook(self, index: int, number: int, site: ScoreSite) -> Any:
+        """Hook that adds one activation to the sums of layer ``index``."""
+
+        @torch.no_grad()
+        def hook(_module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+            seen = args[0] if site.sees == "input" else output
+            activation_SBX: Tensor = seen[0] if isinstance(seen, tuple) else seen
+            weights_B = self._check(activation_SBX)
+            per_head = None
+            if site.axis is Axis.head and self._head_norm is HeadNorm.token:
+                per_head = self._model.kv_channels
+            reduced = reduce_sequence(activation_SBX, self._seq_reductions, per_head=per_head)
+            for reduction, value_BX in reduced.items():
+                sums = self._sums.width[number, reduction][index]
+                sums[TOTAL] += weights_B @ value_BX
+                sums[SQUARES] += weights_B @ value_BX.square()
+            self._sums.samples[index, number] += weights_B.sum()
+
+        return hook
+
+    def _layer_hook(self, index: int) -> Any:
+        """Hook that adds one layer's ``1 - cos(input, output)`` to its sum."""
+
+        @torch.no_grad()
+        def hook(
+            _module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Any
+        ) -> None:
+            before_SBH: Tensor = args[0] if args else kwargs["hidden_states"]
+            after_SBH: Tensor = output[0] if isinstance(output, tuple) else output
+            weights_B = self._check(after_SBH)
+            distance_B = cosine_distance(before_SBH, after_SBH)
+            self._sums.layer[index, 0] += weights_B @ distance_B
+            self._sums.layer[index, 1] += weights_B.sum() * self._seq_length
+
+        return hook
+
+    def _check(self, activation_SBX: Tensor) -> Tensor:
+        """Check an activation's shape; gives the weights of its samples in float64."""
+        length, batch = activation_SBX.shape[:2]
+        if length != self._seq_length:
+            raise DataError(
+                f"score: an activation is {length} tokens long instead of {self._seq_length}; give "
+                "calibration sequences of one length, with parallel.sequence_parallel=false"
+            )
+        weights_B = self._weights_B
+        if weights_B is None:
+            weights_B = torch.ones(batch)
+        assert len(weights_B) == batch, (len(weights_B), batch)
+        return weights_B.to(activation_SBX.device, torch.float64)
+
+    def _layer_sums(self, index: int, tp_group: ProcessGroup | None) -> dict[str, Floats]:
+        """One layer's sums at full width, as arrays."""
+        sums = {
+            "samples": self._sums.samples[index].cpu().numpy(),
+            "layer": self._sums.layer[index].cpu().numpy(),
+        }
+        for (number, reduction), tensor in self._sums.width.items():
+            full = tensor[index]
+            if tp_group is not None:
+                replicated = self._sites[number].axis is Axis.hidden
+                full = _join(full, tp_group, replicated=replicated)
+            sums[_name(number, reduction)] = full.cpu().numpy()
+        return sums
+
+    def _finish(self, layers: Sequence[Mapping[str, Floats]], source_id: str) -> Scores:
+        """Scores from the sums of all layers."""
+        samples = np.stack([layer["samples"] for layer in layers])
+        count = int(samples.flat[0])
+        assert (samples == count).all(), "some hooks have not seen every sample"
+        if count == 0:
+            raise DataError("score: no calibration sample was seen; check score.num_samples")
+        distance = np.stack([layer["layer"] for layer in layers])
+        scores = Scores(
+            model=self._model,
+            source_id=source_id,
+            num_samples=count,
+            seq_length=self._seq_length,
+            head_norm=self._head_norm,
+            width={a: self._width_scores(layers, a, count) for a in self._aggregations},
+            layer=distance[:, 0] / distance[:, 1],
+        )
+        scores.validate()
+        return scores
+
+    def _width_scores(
+        self, layers: Sequence[Mapping[str, Floats]], aggregation: Aggregation, count: int
+    ) -> WidthScores:
+        """The three width axes under one aggregation."""
+        rows: dict[Axis, list[Floats]] = {Axis.ffn: [], Axis.head: [], Axis.hidden: []}
+        for layer in layers:
+            for number, site in enumerate(self._sites):
+                sums = layer[_name(number, aggregation.seq)]
+                score = reduce_batch(sums, count, aggregation.batch)
+                if site.axis is Axis.head and self._head_norm is HeadNorm.channel:
+                    score = np.linalg.norm(score.reshape(-1, self._model.kv_channels), axis=1)
+                rows[site.axis].append(score)
+        return WidthScores(
+            ffn=np.stack(rows[Axis.ffn]),
+            head=np.stack(rows[Axis.head]),
+            hidden=np.stack(rows[Axis.hidden]),
+        )
+
+
+def _number(layer: nn.Module) -> int:
+    """Number of a layer in the whole model, from 0."""
+    number = layer.layer_number
+    assert isinstance(number, int)
+    return number - 1
+
+
+def _name(number: int, reduction: Reduction) -> str:
+    return f"{number}.{reduction.value}"
+
+
+def _weight(layer: nn.Module, site: ScoreSite) -> Tensor:
+    """Weight of a site's module; its last dimension is this rank's width of the site."""
+    weight = getattr(layer.get_submodule(site.module), "weight", None)
+    if not isinstance(weight, Tensor):
+        raise PlatformError(
+            f"score: layer {_number(layer)} has no {site.module} of its own: Transformer Engine "
+            "fuses it into the next linear; build the model with local_spec=True to score it"
+        )
+    return weight
+
+
+def _all_reduce(tensors: Sequence[Tensor], group: ProcessGroup) -> None:
+    """Sum tensors over a group, in place, with one collective."""
+    flat = torch.cat([tensor.reshape(-1) for tensor in tensors])
+    dist.all_reduce(flat, group=group)
+    for tensor, part in zip(tensors, flat.split([t.numel() for t in tensors]), strict=True):
+        tensor.copy_(part.view_as(tensor))
+
+
+def _join(shard: Tensor, group: ProcessGroup, *, replicated: bool) -> Tensor:
+    """Join shards along the last dimension in rank order; replicas must be equal."""
+    shards = [torch.empty_like(shard) for _ in range(group.size())]
+    dist.all_gather(shards, shard.contiguous(), group=group)
+    if not replicated:
+        return torch.cat(shards, dim=-1)
+    for other in shards[1:]:
+        torch.testing.assert_close(other, shards[0], rtol=1e-6, atol=0.0)
+    return shards[0]
+
+
+def _gather_layers(
+    stage: dict[int, dict[str, Floats]], group: ProcessGroup | None
+) -> dict[int, dict[str, Floats]]:
+    """The layers of all pipeline stages, by number."""
+    if group is None:
+        return stage
+    stages: list[dict[int, dict[str, Floats]] | None] = [None] * group.size()
+    dist.all_gather_object(stages, stage, group=group)
+    return {number: sums for part in stages if part for number, sums in part.items()}

@@ -1,0 +1,222 @@
+"""The prune spec: which units of the source a pruned model keeps, as a JSON file to review."""
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, Self
+
+from minitron.config.model import ModelConfig
+from minitron.config.prune import SIZES
+from minitron.errors import MinitronError, PruneError
+from minitron.models.axes import Axis
+
+FORMAT = 1
+
+_PER_LAYER = ("ffn", "heads", "groups")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PruneSpec:
+    """What to keep. Every list is sorted, so kept units stay in their original order.
+
+    Attributes:
+        source: Architecture of the source model.
+        target: Architecture of the pruned model.
+        source_id: Identity of the source weights, as the caller names it (a content hash).
+        layers: Kept layers, counted from 0.
+        hidden: Kept channels, the same in the whole network.
+        ffn: Kept neurons, one list per kept layer.
+        heads: Kept query heads, one list per kept layer.
+        groups: Kept query groups, one list per kept layer.
+    """
+
+    source: ModelConfig
+    target: ModelConfig
+    source_id: str
+    layers: list[int]
+    hidden: list[int]
+    ffn: list[list[int]]
+    heads: list[list[int]]
+    groups: list[list[int]]
+
+    @classmethod
+    def identity(cls, model: ModelConfig, *, source_id: str = "") -> Self:
+        """The spec that keeps everything."""
+        depth = model.num_layers
+        return cls(
+            source=model,
+            target=model,
+            source_id=source_id,
+            layers=list(range(depth)),
+            hidden=list(range(model.hidden_size)),
+            ffn=[list(range(model.ffn_hidden_size)) for _ in range(depth)],
+            heads=[list(range(model.num_attention_heads)) for _ in range(depth)],
+            groups=[list(range(model.num_query_groups)) for _ in range(depth)],
+        )
+
+    def kept(self, layer: int | None) -> Mapping[Axis, Sequence[int]]:
+        """Kept units by axis, as `minitron.models.axes.kept_positions` wants them.
+
+        Args:
+            layer: Number of the layer in the pruned model; None for a parameter outside the layers.
+        """
+        if layer is None:
+            return {Axis.hidden: self.hidden}
+        return {
+            Axis.hidden: self.hidden,
+            Axis.ffn: self.ffn[layer],
+            Axis.head: self.heads[layer],
+            Axis.group: self.groups[layer],
+        }
+
+    def validate(self) -> None:
+        """Check that the lists fit the two architectures.
+
+        Raises:
+            PruneError: They do not; the message says which list and why.
+        """
+        source, target = self.source, self.target
+        frozen = {k: v for k, v in source.to_dict().items() if k not in SIZES}
+        for name, value in frozen.items():
+            if target.to_dict()[name] != value:
+                raise PruneError(
+                    f"prune spec: {name} changes from {value} to {target.to_dict()[name]}; "
+                    f"pruning may change only {', '.join(SIZES)}"
+                )
+        _check_units("layers", self.layers, source.num_layers, target.num_layers)
+        _check_units("hidden", self.hidden, source.hidden_size, target.hidden_size)
+        for name in _PER_LAYER:
+            lists = getattr(self, name)
+            if len(lists) != target.num_layers:
+                raise PruneError(
+                    f"prune spec: {name} has {len(lists)} lists for {target.num_layers} kept "
+                    "layers; give one per layer"
+                )
+        for i, layer in enumerate(self.layers):
+            where = f"of layer {layer}"
+            _check_units(
+                f"ffn {where}", self.ffn[i], source.ffn_hidden_size, target.ffn_hidden_size
+            )
+            _check_units(
+                f"heads {where}",
+                self.heads[i],
+                source.num_attention_heads,
+                target.num_attention_heads,
+            )
+            _check_units(
+                f"groups {where}", self.groups[i], source.num_query_groups, target.num_query_groups
+            )
+            self._check_groups(where, self.heads[i], self.groups[i])
+
+    def to_json(self) -> str:
+        """Text of the file: one line per list, runs of units written as ``first-last``."""
+        about = {
+            "format": FORMAT,
+            "source_id": self.source_id,
+            "source": self.source.to_dict(),
+            "target": self.target.to_dict(),
+            "layers": write_units(self.layers),
+            "hidden": write_units(self.hidden),
+        }
+        lists = {name: [write_units(u) for u in getattr(self, name)] for name in _PER_LAYER}
+        return json.dumps({**about, **lists}, indent=2) + "\n"
+
+    def save(self, path: Path) -> None:
+        """Write the spec, checked.
+
+        Raises:
+            PruneError: The spec is not valid.
+        """
+        self.validate()
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(self.to_json(), encoding="utf-8")
+
+    @classmethod
+    def load(cls, path: Path) -> Self:
+        """Inverse of `save`.
+
+        Raises:
+            PruneError: The file is missing, is no prune spec, or does not fit its architectures.
+        """
+        try:
+            values: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+            if values["format"] != FORMAT:
+                raise PruneError(
+                    f"{path}: prune spec format {values['format']} is not {FORMAT}, which this "
+                    "version reads; prune again"
+                )
+            spec = cls(
+                source=ModelConfig.from_dict(values["source"]),
+                target=ModelConfig.from_dict(values["target"]),
+                source_id=values["source_id"],
+                layers=read_units(values["layers"]),
+                hidden=read_units(values["hidden"]),
+                **{name: [read_units(u) for u in values[name]] for name in _PER_LAYER},
+            )
+            spec.validate()
+        except MinitronError as error:
+            raise PruneError(f"{path}: {error}") from error
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise PruneError(
+                f"{path} is no readable prune spec ({type(error).__name__}: {error}); prune again"
+            ) from error
+        return spec
+
+    def content_hash(self) -> str:
+        """SHA-256 of the spec, equal for equal specs."""
+        return hashlib.sha256(self.to_json().encode()).hexdigest()
+
+    def _check_groups(self, where: str, heads: Sequence[int], groups: Sequence[int]) -> None:
+        """Every kept group keeps as many heads, and no head is kept without its group."""
+        per_group = self.target.heads_per_group
+        for group in range(self.source.num_query_groups):
+            have = sum(head // self.source.heads_per_group == group for head in heads)
+            want = per_group if group in groups else 0
+            if have != want:
+                raise PruneError(
+                    f"prune spec: {where}, query group {group} keeps {have} heads, not {want}; "
+                    f"kept groups ({write_units(groups)}) keep {per_group}, dropped ones none"
+                )
+
+
+def write_units(units: Sequence[int]) -> str:
+    """Sorted unit numbers as text, runs shortened: ``0-3,5,9-12``."""
+    if not units:
+        return ""
+    breaks = [i for i, (a, b) in enumerate(pairwise(units), start=1) if b != a + 1]
+    parts = []
+    for start, stop in pairwise([0, *breaks, len(units)]):
+        first, last = units[start], units[stop - 1]
+        parts.append(str(first) if first == last else f"{first}-{last}")
+    return ",".join(parts)
+
+
+def read_units(text: str) -> list[int]:
+    """Inverse of `write_units`.
+
+    Raises:
+        ValueError: The text is not of that form.
+    """
+    units: list[int] = []
+    for part in filter(None, text.split(",")):
+        first, _, last = part.partition("-")
+        units.extend(range(int(first), int(last or first) + 1))
+    return units
+
+
+def _check_units(what: str, units: Sequence[int], have: int, want: int) -> None:
+    """A list of units is sorted, inside the source and of the target's length."""
+    if len(units) != want:
+        raise PruneError(f"prune spec: {what} keeps {len(units)} units, but the target has {want}")
+    if any(b <= a for a, b in pairwise(units)):
+        raise PruneError(
+            f"prune spec: {what} are not in increasing order; sort them, each unit once"
+        )
+    if units and (units[0] < 0 or units[-1] >= have):
+        raise PruneError(
+            f"prune spec: {what} reach from {units[0]} to {units[-1]}, but the source has units "
+            f"0 to {have - 1}"
+        )

@@ -1,0 +1,292 @@
+"""Read a run's artefacts into the numbers of its report."""
+
+import json
+import statistics
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from minitron.checkpoint.folder import read_model_config
+from minitron.config.model import ModelConfig
+from minitron.data.summary import load_summary
+from minitron.errors import ArtefactError
+from minitron.models.axes import num_embedding_parameters, num_parameters
+from minitron.report.data import (
+    Cost,
+    ExportResult,
+    ModelResult,
+    PruneResult,
+    ReportData,
+    Role,
+    StageTime,
+    TrainingCurve,
+)
+from minitron.runtime.artefact import RunFolder
+from minitron.runtime.tracking import METRICS_FILE, read_metrics
+
+# Stage of the line -> the verb that runs it alone.
+_VERBS = {
+    "import": "import",
+    "data": "data",
+    "eval_teacher": "eval",
+    "score": "score",
+    "prune": "prune",
+    "eval_pruned": "eval",
+    "distill": "distill",
+    "eval_distilled": "eval",
+    "baseline": "train",
+    "eval_baseline": "eval",
+    "export": "export",
+}
+_OPTIONAL = ("score", "baseline", "eval_baseline")
+_CONTROL = ("baseline", "eval_baseline")
+_MODELS = {  # role -> stages with its checkpoint and its evaluation
+    Role.teacher: ("import", "eval_teacher"),
+    Role.pruned: ("prune", "eval_pruned"),
+    Role.distilled: ("distill", "eval_distilled"),
+    Role.baseline: ("baseline", "eval_baseline"),
+}
+_TRAIN_PREFIX = "distill.train."
+_OBJECTIVES = {"forward_kl": "forward KL to the teacher", "cross_entropy": "cross-entropy on the text"}
+
+Metas = dict[str, dict[str, Any]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Kept:
+    """Units that pruning kept, numbered in the source.
+
+    Attributes:
+        layers: Layers.
+        hidden: Channels.
+        ffn: Neurons of each kept layer.
+        heads: Query heads of each kept layer.
+    """
+
+    layers: list[int]
+    hidden: list[int]
+    ffn: list[list[int]]
+    heads: list[list[int]]
+
+
+def collect(run_dir: Path) -> ReportData:
+    """Read everything but the scores.
+
+    Args:
+        run_dir: ``<runs_dir>/<name>``.
+
+    Raises:
+        ArtefactError: A stage the report needs is not done, or one of its files cannot be read.
+        DataError: The same, for the data folder.
+        CheckpointError: The same, for a ``model.json``.
+    """
+    metas = _metas(run_dir)
+    shapes = {role: read_model_config(run_dir / stage) for role, (stage, _) in _MODELS.items() if stage in metas}
+    models = _model_results(run_dir, shapes)
+    distill = _curve(run_dir / "distill", metas["distill"])
+    baseline = _curve(run_dir / "baseline", metas["baseline"]) if "baseline" in metas else None
+    data = load_summary(run_dir / "data")
+    same_training, training_notes = _compare_training(metas, distill, baseline)
+    return ReportData(
+        run_dir=run_dir,
+        model_name=_model_name(run_dir, metas["import"]),
+        models=models,
+        distill=distill,
+        baseline=baseline,
+        same_training=same_training,
+        prune=_prune_result(run_dir, metas["prune"]),
+        data={"train": data.train, "heldout": data.heldout},
+        stages=[
+            StageTime(name=stage, seconds=float(meta["seconds"]), finished=meta["finished"])
+            for stage, meta in metas.items()
+        ],
+        cost=_cost(shapes, distill, baseline),
+        export=_export_result(run_dir / "export", metas["export"]),
+        environment=metas["distill"]["environment"],
+        notes=[*_eval_notes(models), *training_notes, *_environment_notes(metas)],
+    )
+
+
+def read_kept(run_dir: Path) -> Kept:
+    """Read the kept units from the prune spec.
+
+    Raises:
+        ArtefactError: It cannot be read.
+    """
+    path = run_dir / "prune" / "prune_spec.json"
+    spec = _read_json(path, "prune")
+    try:
+        return Kept(
+            layers=_units(spec["layers"]),
+            hidden=_units(spec["hidden"]),
+            ffn=[_units(text) for text in spec["ffn"]],
+            heads=[_units(text) for text in spec["heads"]],
+        )
+    except (KeyError, ValueError, AttributeError) as error:
+        raise _unreadable(path, "prune", error) from error
+
+
+def _metas(run_dir: Path) -> Metas:
+    """Metadata of every finished stage, in the order of the line; the control is there whole or not at all."""
+    if not run_dir.is_dir():
+        raise ArtefactError(f"no run folder {run_dir}; run `minitron compress name={run_dir.name}` first")
+    folder = RunFolder(run_dir)
+    found = {stage: folder.meta(stage) for stage in _VERBS}
+    for stage, meta in found.items():
+        if meta is None and stage not in _OPTIONAL:
+            raise ArtefactError(
+                f"{run_dir} has no finished stage {stage!r}, which the report needs; run `minitron {_VERBS[stage]}`, "
+                f"or `minitron compress name={run_dir.name}`, which runs all that is missing"
+            )
+    has_control = all(found[stage] is not None for stage in _CONTROL)
+    return {
+        stage: meta for stage, meta in found.items() if meta is not None and (has_control or stage not in _CONTROL)
+    }
+
+
+def _model_results(run_dir: Path, shapes: dict[Role, ModelConfig]) -> list[ModelResult]:
+    evals = {role: _read_eval(run_dir / _MODELS[role][1]) for role in shapes}
+    teacher, pruned = evals[Role.teacher]["loss"], evals[Role.pruned]["loss"]
+    gap = pruned - teacher
+    return [
+        ModelResult(
+            role=role,
+            num_parameters=num_parameters(shape),
+            num_non_embedding=num_parameters(shape) - num_embedding_parameters(shape),
+            gap_recovered=(pruned - evals[role]["loss"]) / gap if gap > 0 else None,
+            **evals[role],
+        )
+        for role, shape in shapes.items()
+    ]
+
+
+def _read_eval(folder: Path) -> dict[str, Any]:
+    path = folder / "eval.json"
+    values = _read_json(path, folder.name)
+    try:
+        return {key: values[key] for key in ("loss", "perplexity", "num_tokens", "prompt", "sample")}
+    except KeyError as error:
+        raise _unreadable(path, folder.name, error) from error
+
+
+def _curve(folder: Path, meta: dict[str, Any]) -> TrainingCurve:
+    records = read_metrics(folder)
+    path = folder / METRICS_FILE
+    if not records:
+        raise ArtefactError(f"{path} has no records; run `minitron {_VERBS[folder.name]}` again")
+    try:
+        validated = [r for r in records if r.get("heldout_loss") is not None]
+        speeds = [r["tokens_per_s"] for r in records if "tokens_per_s" in r]
+        terms = [text for key, text in _OBJECTIVES.items() if key in records[-1]]
+        return TrainingCurve(
+            objective=" + ".join(terms) or "training loss",
+            tokens=[int(r["tokens"]) for r in records],
+            loss=[float(r["loss"]) for r in records],
+            heldout_tokens=[int(r["tokens"]) for r in validated],
+            heldout_loss=[float(r["heldout_loss"]) for r in validated],
+            heldout_size=meta["values"].get(_TRAIN_PREFIX + "eval_tokens"),
+            tokens_per_s=statistics.median(speeds) if speeds else None,
+        )
+    except KeyError as error:
+        raise _unreadable(path, folder.name, error) from error
+
+
+def _prune_result(run_dir: Path, meta: dict[str, Any]) -> PruneResult:
+    return PruneResult(
+        source=read_model_config(run_dir / "import"),
+        target=read_model_config(run_dir / "prune"),
+        kept_layers=read_kept(run_dir).layers,
+        ranking=meta["values"].get("prune.ranking"),
+        aggregation=meta["values"].get("prune.aggregation"),
+    )
+
+
+def _cost(shapes: dict[Role, ModelConfig], distill: TrainingCurve, baseline: TrainingCurve | None) -> Cost:
+    student, teacher = num_parameters(shapes[Role.distilled]), num_parameters(shapes[Role.teacher])
+    tokens = distill.tokens[-1]
+    return Cost(
+        tokens=tokens,
+        student_flops=6.0 * student * tokens,
+        teacher_flops=2.0 * teacher * tokens,
+        baseline_tokens=baseline.tokens[-1] if baseline else None,
+        baseline_flops=6.0 * num_parameters(shapes[Role.baseline]) * baseline.tokens[-1] if baseline else None,
+    )
+
+
+def _export_result(folder: Path, meta: dict[str, Any]) -> ExportResult:
+    hf = folder / "hf"
+    if not hf.is_dir():
+        raise ArtefactError(f"{folder} has no hf/ folder; run `minitron export` again")
+    return ExportResult(
+        size_bytes=sum(file.stat().st_size for file in hf.rglob("*") if file.is_file()),
+        max_logit_error=meta["summary"].get("max_logit_error"),
+    )
+
+
+def _model_name(run_dir: Path, meta: dict[str, Any]) -> str:
+    """What the import stage calls the model, else the source's own name for itself, else the run's name."""
+    if meta["summary"].get("name"):
+        return str(meta["summary"]["name"])
+    path = run_dir / "import" / "hf" / "config.json"
+    name = _read_json(path, "import").get("_name_or_path") if path.is_file() else None
+    return str(name or run_dir.name)
+
+
+def _compare_training(metas: Metas, distill: TrainingCurve, baseline: TrainingCurve | None) -> tuple[bool, list[str]]:
+    """Whether student and control were trained alike, and a note of what differs."""
+    if baseline is None:
+        return False, []
+    settings = [
+        {key: value for key, value in metas[stage]["values"].items() if key.startswith(_TRAIN_PREFIX)}
+        for stage in ("distill", "baseline")
+    ]
+    shared = settings[0].keys() & settings[1].keys()
+    differ = [
+        f"{key.removeprefix(_TRAIN_PREFIX)} ({settings[0][key]} and {settings[1][key]})"
+        for key in sorted(shared)
+        if settings[0][key] != settings[1][key]
+    ]
+    if distill.tokens[-1] != baseline.tokens[-1]:
+        differ.insert(0, f"tokens ({distill.tokens[-1]:,} and {baseline.tokens[-1]:,})")
+    if not differ:
+        return True, []
+    return False, [f"The student and the random-init control differ in {', '.join(differ)}: no like-for-like control."]
+
+
+def _eval_notes(models: list[ModelResult]) -> list[str]:
+    notes = []
+    if len({model.num_tokens for model in models}) > 1:
+        counts = ", ".join(f"{model.role.label} {model.num_tokens:,}" for model in models)
+        notes.append(f"The held-out losses are means over different numbers of tokens: {counts}.")
+    if models[0].gap_recovered is None:
+        notes.append("The pruned model's held-out loss is not above the teacher's, so there is no gap to recover.")
+    return notes
+
+
+def _environment_notes(metas: Metas) -> list[str]:
+    reference = metas["distill"]["environment"]
+    others = [stage for stage, meta in metas.items() if meta["environment"] != reference]
+    return [f"Made in another environment than the distillation: {', '.join(others)}."] if others else []
+
+
+def _read_json(path: Path, stage: str) -> dict[str, Any]:
+    try:
+        values: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise _unreadable(path, stage, error) from error
+    return values
+
+
+def _unreadable(path: Path, stage: str, error: Exception) -> ArtefactError:
+    return ArtefactError(
+        f"{path} cannot be read ({type(error).__name__}: {error}); run `minitron {_VERBS[stage]}` again"
+    )
+
+
+def _units(text: str) -> list[int]:
+    """Unit numbers as a prune spec writes them: ``0-3,5`` is 0, 1, 2, 3, 5."""
+    units: list[int] = []
+    for part in filter(None, text.split(",")):
+        first, _, last = part.partition("-")
+        units.extend(range(int(first), int(last or first) + 1))
+    return units

@@ -1,0 +1,1 @@
+"""The process: environment, device, process group, artefacts, progress, launching."""

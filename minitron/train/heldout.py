@@ -1,0 +1,131 @@
+"""Held-out loss through the same parallel path as training."""
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from megatron.core.pipeline_parallel.schedules import get_forward_backward_func
+from torch import Tensor
+
+from minitron.data.batch import Batch
+from minitron.models.gpt import FinalState, forward_to_final_state
+from minitron.parallel.groups import Groups
+from minitron.train.objective import CrossEntropy
+
+
+@dataclass(frozen=True)
+class HeldoutLoss:
+    """Cross-entropy on held-out text.
+
+    Attributes:
+        loss: Nats per token.
+        num_tokens: Tokens it is the mean of.
+    """
+
+    loss: float
+    num_tokens: int
+
+    @property
+    def perplexity(self) -> float:
+        """exp(loss)."""
+        return math.exp(min(self.loss, 700.0))
+
+
+def groups_of(batches: Sequence[Batch], groups: Groups) -> Iterator[list[Batch]]:
+    """Cut a long list of micro-batches into schedules: long enough to fill the pipeline, short enough to report."""
+    size = 4 * groups.pp.size()
+    for start in range(0, len(batches), size):
+        yield [batches[index] for index in range(start, min(start + size, len(batches)))]
+
+
+Collect = Callable[[FinalState, Batch], object]
+
+
+def forward_only(
+    model: torch.nn.Module,
+    microbatches: Sequence[Batch],
+    collect: Collect,
+    *,
+    before: Callable[[Batch], None] | None = None,
+) -> list[Any]:
+    """Run a forward-only pipeline schedule and keep what ``collect`` returns on the last stage.
+
+    Args:
+        model: A `GPTModel` or Megatron's wrapper around one.
+        microbatches: This data-parallel rank's micro-batches, all of one shape.
+        collect: Called on the last stage with the final state of each micro-batch.
+        before: Called on every stage before it runs a micro-batch.
+
+    Returns:
+        One object per micro-batch on the last stage, an empty list elsewhere.
+    """
+    batch = microbatches[0]
+    schedule = get_forward_backward_func()
+    with torch.no_grad():
+        results: list[Any] = schedule(
+            forward_step_func=partial(_forward_step, collect, before),
+            data_iterator=iter(microbatches),
+            model=[model],
+            num_microbatches=len(microbatches),
+            seq_length=batch.tokens_BS.shape[1],
+            micro_batch_size=batch.tokens_BS.shape[0],
+            forward_only=True,
+            collect_non_loss_data=True,
+        )
+    return results
+
+
+def _forward_step(
+    collect: Collect, before: Callable[[Batch], None] | None, iterator: Iterator[Batch], model: torch.nn.Module
+) -> tuple[Any, Any]:
+    batch = next(iterator)
+    if before is not None:
+        before(batch)
+
+    def keep(state: FinalState, non_loss_data: bool = True) -> object:
+        return collect(state, batch)
+
+    return forward_to_final_state(model, batch), keep
+
+
+def heldout_loss(
+    model: torch.nn.Module,
+    microbatches: Sequence[Batch],
+    objective: CrossEntropy,
+    groups: Groups,
+) -> HeldoutLoss:
+    """Mean cross-entropy over all micro-batches of all data-parallel ranks, known on every rank.
+
+    Args:
+        model: The model; put in evaluation mode and back.
+        microbatches: This data-parallel rank's part of the held-out text.
+        objective: Knows the vocabulary and the groups.
+        groups: This rank's process groups.
+    """
+    was_training = model.training
+    model.eval()
+    losses = forward_only(model, microbatches, partial(_weighted_loss, objective))
+    model.train(was_training)
+    total: Tensor = torch.zeros(2, dtype=torch.float64)
+    if losses:
+        total = torch.stack(losses).sum(0).cpu()
+    return _reduce(total, groups, microbatches[0].tokens_BS)
+
+
+def _weighted_loss(objective: CrossEntropy, state: FinalState, batch: Batch) -> Tensor:
+    """Summed loss and number of tokens of one micro-batch, in fp64."""
+    num_tokens = batch.loss_mask_BS.sum().double()
+    mean = objective.loss(state, batch, None).total.double()
+    return torch.stack([mean * num_tokens, num_tokens])
+
+
+def _reduce(total: Tensor, groups: Groups, like: Tensor) -> HeldoutLoss:
+    total = total.to(like.device)
+    if groups.is_last_stage:
+        torch.distributed.all_reduce(total, group=groups.dp)
+    torch.distributed.broadcast(total, src=groups.last_stage_source, group=groups.pp)
+    summed, count = total.tolist()
+    return HeldoutLoss(loss=summed / max(count, 1.0), num_tokens=int(count))

@@ -1,0 +1,117 @@
+"""The training loop: step, metrics, validation, checkpoint, until the tokens are used up."""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from minitron.config.train import TrainConfig
+from minitron.data.loader import TrainBatches
+from minitron.parallel.groups import Groups
+from minitron.runtime.progress import StageProgress
+from minitron.runtime.tracking import MetricsWriter
+from minitron.train.heldout import HeldoutLoss
+from minitron.train.objective import Objective
+from minitron.train.optim import Trainable
+from minitron.train.state import load_state, save_state
+from minitron.train.step import StepOutput, train_step
+
+
+@dataclass(frozen=True)
+class TrainJob:
+    """Everything the loop works with.
+
+    Attributes:
+        trainable: Model, optimizer and schedule.
+        objective: The training method.
+        batches: Micro-batches of every step.
+        validate: Held-out loss of the model as it is; called by all ranks together.
+        train: Settings.
+        seq_length: Tokens of a sequence.
+        group_size: Most micro-batches whose signals are held at once (0: all of a step).
+        states: Folder of checkpoints to resume from.
+        open_metrics: Makes the metrics writer once the first step is known.
+        progress: The stage's bar.
+        groups: This rank's process groups.
+        device: Where batches go.
+    """
+
+    trainable: Trainable
+    objective: Objective
+    batches: TrainBatches
+    validate: Callable[[], HeldoutLoss]
+    train: TrainConfig
+    seq_length: int
+    group_size: int
+    states: Path
+    open_metrics: Callable[[int], MetricsWriter]
+    progress: StageProgress
+    groups: Groups
+    device: torch.device
+
+
+def train(job: TrainJob) -> dict[str, float]:
+    """Train to the end, from the newest checkpoint if there is one.
+
+    Returns:
+        Step count, tokens and the last held-out loss.
+    """
+    settings, num_steps = job.train, job.batches.num_steps
+    step = load_state(job.trainable, job.states)
+    metrics = job.open_metrics(step + 1)
+    clock, clock_step = time.monotonic(), step
+    heldout = HeldoutLoss(float("nan"), 0)
+    if step == num_steps:
+        heldout = job.validate()
+    while step < num_steps:
+        lr = job.trainable.lr
+        output = train_step(
+            job.trainable,
+            job.objective,
+            [batch.to(job.device) for batch in job.batches.microbatches(step)],
+            group_size=job.group_size,
+            clip_grad=settings.clip_grad,
+        )
+        step += 1
+        last = step == num_steps
+        validates = last or _every(settings.eval_interval_steps, step)
+        if last or validates or _every(settings.log_interval_steps, step):
+            values = _logged(output, job)
+            now = time.monotonic()
+            speed = (step - clock_step) * settings.tokens_per_step(job.seq_length) / (now - clock)
+            if validates:
+                heldout = job.validate()
+                values["heldout_loss"] = heldout.loss
+            tokens = step * settings.tokens_per_step(job.seq_length)
+            metrics.write(step, {**values, "lr": lr, "tokens": tokens, "tokens_per_s": speed})
+            job.progress.update(step, num_steps, loss=values["loss"], tokens_per_s=speed)
+            clock, clock_step = time.monotonic(), step
+        if last or _every(settings.save_interval_steps, step):
+            save_state(job.trainable, job.states, step=step)
+            clock = time.monotonic() if clock_step == step else clock
+    metrics.close()
+    tokens = step * settings.tokens_per_step(job.seq_length)
+    return {"steps": step, "tokens": tokens, "heldout_loss": heldout.loss}
+
+
+def _every(interval: int, step: int) -> bool:
+    return interval > 0 and step % interval == 0
+
+
+def _logged(output: StepOutput, job: TrainJob) -> dict[str, float]:
+    """The step's terms, averaged over data-parallel ranks and known on every rank."""
+    shared: list[object] = [None]
+    if job.groups.is_last_stage:
+        names = sorted(output.terms)
+        values = torch.stack([output.terms[name].double() for name in names])
+        torch.distributed.all_reduce(values, group=job.groups.dp)
+        values /= job.groups.dp.size()
+        shared = [dict(zip(names, values.tolist(), strict=True))]
+    torch.distributed.broadcast_object_list(
+        shared, src=job.groups.last_stage_source, group=job.groups.pp
+    )
+    terms = shared[0]
+    assert isinstance(terms, dict)
+    return {**terms, "grad_norm": output.grad_norm}

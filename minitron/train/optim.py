@@ -1,0 +1,108 @@
+"""Megatron's DDP, distributed optimizer and cosine schedule around one model."""
+
+from dataclasses import dataclass
+from functools import partial
+
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+from megatron.core.distributed.finalize_model_grads import finalize_model_grads
+from megatron.core.models.gpt.gpt_model import GPTModel
+from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+from minitron.config.train import TrainConfig
+from minitron.parallel.groups import Groups
+
+
+@dataclass(frozen=True)
+class Trainable:
+    """A model ready to be trained.
+
+    Attributes:
+        ddp: The model inside Megatron's data-parallel wrapper.
+        optimizer: Megatron's distributed optimizer: each data-parallel rank holds a part of its state.
+        scheduler: Learning rate and weight decay, stepped once per optimizer step.
+        config: The model's Megatron configuration.
+    """
+
+    ddp: DistributedDataParallel
+    optimizer: MegatronOptimizer
+    scheduler: OptimizerParamScheduler
+    config: TransformerConfig
+
+    @property
+    def gpt(self) -> GPTModel:
+        """The model without its wrapper."""
+        gpt: GPTModel = self.ddp.module
+        return gpt
+
+    @property
+    def lr(self) -> float:
+        """Learning rate of the next step."""
+        return float(self.optimizer.param_groups[0]["lr"])
+
+
+def make_trainable(
+    gpt: GPTModel, train: TrainConfig, groups: Groups, *, seq_length: int
+) -> Trainable:
+    """Wrap a model for training.
+
+    Args:
+        gpt: This rank's part of the model, its weights already in place.
+        train: Schedule and optimizer settings.
+        groups: This rank's process groups.
+        seq_length: Tokens of a sequence, to turn token counts into steps.
+    """
+    config = gpt.config
+    ddp = DistributedDataParallel(
+        config=config,
+        ddp_config=DistributedDataParallelConfig(
+            use_distributed_optimizer=True, grad_reduce_in_fp32=True
+        ),
+        module=gpt,
+        pg_collection=groups.collection,
+    )
+    optimizer = get_megatron_optimizer(
+        OptimizerConfig(
+            optimizer="adam",
+            lr=train.lr,
+            min_lr=train.min_lr,
+            weight_decay=train.weight_decay,
+            adam_beta1=train.adam_beta1,
+            adam_beta2=train.adam_beta2,
+            adam_eps=train.adam_eps,
+            clip_grad=train.clip_grad,
+            bf16=config.bf16,
+            params_dtype=config.params_dtype,
+            use_distributed_optimizer=True,
+        ),
+        [ddp],
+        use_gloo_process_groups=False,
+        pg_collection=groups.collection,
+    )
+    config.finalize_model_grads_func = partial(
+        finalize_model_grads, pg_collection=groups.collection
+    )
+    return Trainable(ddp, optimizer, _scheduler(optimizer, train, seq_length), config)
+
+
+def _scheduler(
+    optimizer: MegatronOptimizer, train: TrainConfig, seq_length: int
+) -> OptimizerParamScheduler:
+    """Linear warm-up to ``lr``, then a cosine that reaches ``min_lr`` at the last step."""
+    steps = train.num_steps(seq_length)
+    scheduler = OptimizerParamScheduler(
+        optimizer,
+        init_lr=0.0,
+        max_lr=train.lr,
+        min_lr=train.min_lr,
+        lr_warmup_steps=train.warmup_steps(seq_length),
+        lr_decay_steps=steps,
+        lr_decay_style="cosine",
+        start_wd=train.weight_decay,
+        end_wd=train.weight_decay,
+        wd_incr_steps=steps,
+        wd_incr_style="constant",
+    )
+    scheduler.step(1)  # the first step already trains: without this its learning rate is 0
+    return scheduler

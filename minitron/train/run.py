@@ -1,0 +1,145 @@
+"""Train a model to the end and write it as a checkpoint folder; and the from-scratch control."""
+
+import shutil
+from functools import partial
+from pathlib import Path
+
+import torch
+from megatron.core.models.gpt.gpt_model import GPTModel
+
+from minitron.checkpoint.folder import copy_side_files, read_model_config, write_model_config
+from minitron.checkpoint.model_io import save_model
+from minitron.config.compose import flat_values
+from minitron.config.model import ModelConfig
+from minitron.config.train import TrainConfig
+from minitron.data.loader import TrainBatches, heldout_batches
+from minitron.models.gpt import build_gpt
+from minitron.runtime.session import Session
+from minitron.runtime.tracking import MetricsWriter
+from minitron.train.heldout import heldout_loss
+from minitron.train.loop import TrainJob, train
+from minitron.train.objective import CrossEntropy, Objective
+from minitron.train.optim import make_trainable
+
+STATES_DIR = "states"
+
+
+def train_to_folder(
+    session: Session,
+    *,
+    stage: str,
+    gpt: GPTModel,
+    model: ModelConfig,
+    objective: Objective,
+    settings: TrainConfig,
+    data: Path,
+    out: Path,
+    group_size: int = 0,
+) -> dict[str, float]:
+    """Train and leave a checkpoint folder without its side files.
+
+    Args:
+        session: The running job.
+        stage: Name for the bar and the trackers.
+        gpt: The model, its weights in place.
+        model: Its architecture.
+        objective: The training method.
+        settings: Batch, schedule, optimizer.
+        data: The data folder.
+        out: The stage's working folder; holds the checkpoints to resume from until the end.
+        group_size: Most micro-batches whose signals are held at once.
+
+    Returns:
+        Step count, tokens and final held-out loss.
+    """
+    config, groups, seq_length = session.config, session.groups, session.config.data.seq_length
+    trainable = make_trainable(gpt, settings, groups, seq_length=seq_length)
+    batches = TrainBatches(
+        data,
+        seq_length=seq_length,
+        micro_batch_size=settings.micro_batch_size,
+        global_batch_size=settings.global_batch_size,
+        dp_rank=groups.dp_rank,
+        dp_size=groups.dp.size(),
+        seed=config.seed,
+        num_steps=settings.num_steps(seq_length),
+    )
+    heldout = heldout_batches(
+        data,
+        seq_length=seq_length,
+        micro_batch_size=settings.micro_batch_size,
+        dp_rank=groups.dp_rank,
+        dp_size=groups.dp.size(),
+        max_tokens=settings.eval_tokens,
+    )
+    cross_entropy = CrossEntropy(model.vocab_size, groups, config.parallel.sequence_parallel)
+    with session.progress(stage) as progress:
+        summary = train(
+            TrainJob(
+                trainable=trainable,
+                objective=objective,
+                batches=batches,
+                validate=lambda: heldout_loss(
+                    trainable.ddp, [batch.to(session.torch_device) for batch in heldout], cross_entropy, groups
+                ),
+                train=settings,
+                seq_length=seq_length,
+                group_size=group_size,
+                states=out / STATES_DIR,
+                open_metrics=partial(_metrics, session, stage, out),
+                progress=progress,
+                groups=groups,
+                device=session.torch_device,
+            )
+        )
+    save_model(trainable.gpt, out)
+    if session.is_main:
+        write_model_config(out, model)
+        shutil.rmtree(out / STATES_DIR, ignore_errors=True)
+    return summary
+
+
+def train_from_scratch(session: Session, *, shape_of: Path, data: Path, out: Path) -> dict[str, float]:
+    """The control of every distillation: random weights, cross-entropy, the same tokens and schedule.
+
+    Args:
+        session: The running job.
+        shape_of: Checkpoint folder whose architecture and side files to take.
+        data: The data folder.
+        out: The stage's working folder.
+    """
+    model = read_model_config(shape_of)
+    # Stages draw different weights; tensor-parallel ranks draw the same full matrix and keep their slice.
+    torch.manual_seed(session.config.seed + 100 * session.groups.pp_rank)
+    gpt = build_gpt(
+        model,
+        session.config.parallel,
+        session.config.precision,
+        session.groups,
+        device=session.device,
+        initialize=True,
+    )
+    summary = train_to_folder(
+        session,
+        stage="baseline",
+        gpt=gpt,
+        model=model,
+        objective=CrossEntropy(model.vocab_size, session.groups, session.config.parallel.sequence_parallel),
+        settings=session.config.distill.train,
+        data=data,
+        out=out,
+    )
+    if session.is_main:
+        copy_side_files(shape_of, out)
+    return summary
+
+
+def _metrics(session: Session, stage: str, out: Path, first_step: int) -> MetricsWriter:
+    return MetricsWriter(
+        out,
+        session.config.tracking,
+        run_name=f"{session.config.name}-{stage}",
+        config=flat_values(session.config, "run"),
+        first_step=first_step,
+        enabled=session.is_main,
+    )

@@ -1,0 +1,84 @@
+"""Checkpoints to resume training from: model, optimizer, schedule and step, written by Megatron-Core."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from minitron.checkpoint.model_io import load_sharded, save_sharded
+from minitron.errors import CheckpointError
+from minitron.train.optim import Trainable
+
+_OPTIMIZER_FORMAT = {"distrib_optim_sharding_type": "fully_reshardable"}
+"""Optimizer state in the shape of the parameters, so that it loads at any layout."""
+
+
+def save_state(trainable: Trainable, folder: Path, *, step: int) -> None:
+    """Write ``folder/step_<step>``, then drop the older ones.
+
+    The folder gets its name only when all of it is written, so one that exists is complete.
+
+    Args:
+        trainable: What to save.
+        folder: Folder of the run's training checkpoints.
+        step: Optimizer steps done.
+    """
+    final = folder / _name(step)
+    partial = folder / f".{final.name}.partial"
+    rank = torch.distributed.get_rank()
+    if rank == 0:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+    torch.distributed.barrier()
+    save_sharded(_state_dict(trainable, is_loading=False), partial)
+    if rank == 0:
+        (partial / "step.json").write_text(json.dumps({"step": step}))
+        shutil.rmtree(final, ignore_errors=True)
+        partial.rename(final)
+        for older in saved_steps(folder):
+            if older != step:
+                shutil.rmtree(folder / _name(older))
+    torch.distributed.barrier()
+
+
+def load_state(trainable: Trainable, folder: Path) -> int:
+    """Load the newest checkpoint under ``folder``, if there is one.
+
+    Returns:
+        Optimizer steps done; 0 when there was nothing to load.
+    """
+    torch.distributed.barrier()
+    steps = saved_steps(folder)
+    if not steps:
+        return 0
+    path = folder / _name(steps[-1])
+    state = load_sharded(_state_dict(trainable, is_loading=True), path)
+    trainable.gpt.load_state_dict(state["model"])
+    trainable.optimizer.load_state_dict(state["optimizer"])
+    trainable.scheduler.load_state_dict(state["scheduler"])
+    try:
+        return int(json.loads((path / "step.json").read_text())["step"])
+    except (OSError, ValueError, KeyError) as error:
+        raise CheckpointError(f"{path}/step.json cannot be read ({error}); delete {path}") from error
+
+
+def saved_steps(folder: Path) -> list[int]:
+    """Steps of the complete checkpoints under ``folder``, in order."""
+    return sorted(int(path.name.removeprefix("step_")) for path in folder.glob("step_*"))
+
+
+def _name(step: int) -> str:
+    return f"step_{step:08d}"
+
+
+def _state_dict(trainable: Trainable, *, is_loading: bool) -> dict[str, Any]:
+    model = trainable.gpt.sharded_state_dict()
+    return {
+        "model": model,
+        "optimizer": trainable.optimizer.sharded_state_dict(
+            model, is_loading=is_loading, metadata=_OPTIMIZER_FORMAT
+        ),
+        "scheduler": trainable.scheduler.state_dict(),
+    }

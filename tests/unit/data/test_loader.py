@@ -1,0 +1,215 @@
+"""The loaders against the ``.bin`` read by NumPy, and over layouts."""
+
+from collections.abc import Iterable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch.testing._internal.distributed.fake_pg import FakeStore
+
+from minitron.data.batch import Batch
+from minitron.data.loader import FixedBatches, TrainBatches, calibration_batches, heldout_batches
+from minitron.data.summary import load_summary
+from minitron.errors import ConfigError, DataError, LayoutError
+
+S = 16
+GLOBAL_BATCH = 12
+LAYOUTS = [(1, 1), (1, 2), (1, 4), (2, 1), (2, 2), (4, 1)]  # (dp_size, micro_batch_size)
+
+
+def numpy_documents(data_dir: Path, split: str) -> list[np.ndarray]:
+    """Documents cut at EOS from the raw file: no Megatron, no index."""
+    stream = np.fromfile(data_dir / f"{split}.bin", dtype=np.uint16).astype(np.int64)
+    ends = np.flatnonzero(stream == load_summary(data_dir).eos_id) + 1
+    return np.split(stream, ends[:-1])
+
+
+def numpy_epoch(data_dir: Path, seed: int, epoch: int) -> np.ndarray:
+    """Sequences of S + 1 ids of one training epoch, by the definition of the order."""
+    random = np.random.RandomState(np.random.MT19937(np.random.SeedSequence([seed, epoch])))
+    documents = numpy_documents(data_dir, "train")
+    stream = np.concatenate([documents[n] for n in random.permutation(len(documents))])
+    count = (len(stream) - 1) // S
+    cut = np.stack([stream[n * S : n * S + S + 1] for n in range(count)])
+    return cut[random.permutation(count)]
+
+
+def train(data_dir: Path, **changes: int) -> TrainBatches:
+    values = {
+        "seq_length": S,
+        "micro_batch_size": 1,
+        "global_batch_size": GLOBAL_BATCH,
+        "dp_rank": 0,
+        "dp_size": 1,
+        "seed": 3,
+        "num_steps": 1000,
+    }
+    return TrainBatches(data_dir, **(values | changes))
+
+
+def rows(batches: Iterable[Batch]) -> np.ndarray:
+    """The sequences of some micro-batches as S + 1 ids each, after checks on every field."""
+    found = []
+    for batch in batches:
+        assert batch.tokens_BS.dtype == batch.labels_BS.dtype == torch.int64
+        assert torch.equal(batch.tokens_BS[:, 1:], batch.labels_BS[:, :-1])
+        assert torch.equal(batch.position_ids_BS, torch.arange(S).expand_as(batch.tokens_BS))
+        real = batch.loss_mask_BS.sum(dim=1)
+        assert torch.equal(real, (real > 0) * float(S))
+        joined = torch.cat([batch.tokens_BS, batch.labels_BS[:, -1:]], dim=1)
+        found.append(joined[real > 0].numpy())
+    return np.concatenate(found)
+
+
+def over_ranks(per_rank: list[list[Batch]]) -> np.ndarray:
+    """All ranks' sequences in the order of the global batch."""
+    return np.concatenate([rows(ranks) for ranks in zip(*per_rank, strict=True)])
+
+
+def test_train_equals_numpy_over_several_epochs(data_dir: Path) -> None:
+    epochs = [numpy_epoch(data_dir, 3, epoch) for epoch in range(3)]
+    loader = train(data_dir)
+    assert loader.samples_per_epoch == len(epochs[0]) > 50
+    expected = np.concatenate(epochs)
+    num_steps = len(expected) // GLOBAL_BATCH
+    assert len(epochs[0]) % GLOBAL_BATCH, "a batch should straddle two epochs"
+    found = np.concatenate([rows(loader.microbatches(step)) for step in range(num_steps)])
+    np.testing.assert_array_equal(found, expected[: num_steps * GLOBAL_BATCH])
+    assert not np.array_equal(epochs[0], epochs[1])
+
+
+@pytest.mark.parametrize(("dp_size", "micro_batch_size"), LAYOUTS)
+def test_train_does_not_depend_on_layout_or_history(data_dir: Path, dp_size: int, micro_batch_size: int) -> None:
+    reference = train(data_dir)
+    straddling, count = divmod(reference.samples_per_epoch, GLOBAL_BATCH)
+    assert 0 < count
+    for step in (3 * straddling, 0, 7, straddling):  # in any order, as after a resume
+        expected = rows(reference.microbatches(step))
+        per_rank = [
+            train(
+                data_dir,
+                dp_rank=rank,
+                dp_size=dp_size,
+                micro_batch_size=micro_batch_size,
+                num_steps=step + 1,
+            ).microbatches(step)
+            for rank in range(dp_size)
+        ]
+        assert all(len(batches) == GLOBAL_BATCH // dp_size // micro_batch_size for batches in per_rank)
+        np.testing.assert_array_equal(over_ranks(per_rank), expected)
+
+
+def test_seed_changes_the_order(data_dir: Path) -> None:
+    a, b = (rows(train(data_dir, seed=seed).microbatches(0)) for seed in (3, 4))
+    assert not np.array_equal(a, b)
+
+
+def test_train_writes_nothing_and_needs_no_rank_zero(data_dir: Path) -> None:
+    before = {path: path.stat().st_mtime_ns for path in data_dir.rglob("*")}
+    expected = rows(train(data_dir).microbatches(5))
+    torch.distributed.init_process_group("fake", store=FakeStore(), rank=1, world_size=2)
+    try:
+        np.testing.assert_array_equal(rows(train(data_dir).microbatches(5)), expected)
+    finally:
+        torch.distributed.destroy_process_group()
+    assert {path: path.stat().st_mtime_ns for path in data_dir.rglob("*")} == before
+
+
+def heldout(data_dir: Path, **changes: int | None) -> FixedBatches:
+    values = {"seq_length": S, "micro_batch_size": 1, "dp_rank": 0, "dp_size": 1}
+    return heldout_batches(data_dir, **(values | {"max_tokens": None} | changes))
+
+
+@pytest.mark.parametrize(("dp_size", "micro_batch_size"), [*LAYOUTS, (3, 2), (5, 7)])
+@pytest.mark.parametrize("max_tokens", [None, 11 * S + 3])
+def test_heldout_covers_each_sequence_once(
+    data_dir: Path, dp_size: int, micro_batch_size: int, max_tokens: int | None
+) -> None:
+    stream = np.fromfile(data_dir / "heldout.bin", dtype=np.uint16).astype(np.int64)
+    count = 11 if max_tokens else (len(stream) - 1) // S
+    expected = np.stack([stream[n * S : n * S + S + 1] for n in range(count)])
+    per_rank = [
+        heldout(
+            data_dir,
+            dp_rank=rank,
+            dp_size=dp_size,
+            micro_batch_size=micro_batch_size,
+            max_tokens=max_tokens,
+        )
+        for rank in range(dp_size)
+    ]
+    np.testing.assert_array_equal(over_ranks([list(batches) for batches in per_rank]), expected)
+    for batches in per_rank:
+        assert batches.num_sequences == count
+        assert batches.num_tokens == count * S
+        assert len(batches) == -(-count // (dp_size * micro_batch_size))
+        assert all(len(batch.tokens_BS) == micro_batch_size for batch in batches)
+    weight = sum(float(b.loss_mask_BS.sum()) for batches in per_rank for b in batches)
+    assert weight == count * S
+
+
+def test_fixed_batches_is_a_sequence(data_dir: Path) -> None:
+    batches = heldout(data_dir, micro_batch_size=2)
+    assert torch.equal(batches[-1].tokens_BS, batches[len(batches) - 1].tokens_BS)
+    assert len(batches[1:4]) == 3
+    with pytest.raises(IndexError):
+        batches[len(batches)]
+
+
+@pytest.mark.parametrize(("dp_size", "micro_batch_size"), LAYOUTS)
+def test_calibration_is_the_start_of_the_seeded_train_order(
+    data_dir: Path, dp_size: int, micro_batch_size: int
+) -> None:
+    per_rank = [
+        calibration_batches(
+            data_dir,
+            num_samples=10,
+            seq_length=S,
+            micro_batch_size=micro_batch_size,
+            dp_rank=rank,
+            dp_size=dp_size,
+            seed=8,
+        )
+        for rank in range(dp_size)
+    ]
+    found = over_ranks([list(batches) for batches in per_rank])
+    np.testing.assert_array_equal(found, numpy_epoch(data_dir, 8, 0)[:10])
+
+
+def test_errors(data_dir: Path, tmp_path: Path) -> None:
+    with pytest.raises(LayoutError, match=r"global_batch_size 12 .* micro_batch_size 5 x data-parallel size 2 = 10"):
+        train(data_dir, micro_batch_size=5, dp_size=2)
+    with pytest.raises(DataError, match=r"'train' has \d+ tokens but 9999 sequences x 16 tokens"):
+        train(data_dir, global_batch_size=9999)
+    with pytest.raises(DataError, match=r"'heldout' has \d+ tokens but 1 sequences x 99999 tokens"):
+        heldout(data_dir, seq_length=99999)
+    with pytest.raises(ConfigError, match=r"max_tokens=15 is less than one sequence of seq_length=16"):
+        heldout(data_dir, max_tokens=15)
+    with pytest.raises(DataError, match=r"9999 sequences x 16 tokens"):
+        calibration_batches(
+            data_dir,
+            num_samples=9999,
+            seq_length=S,
+            micro_batch_size=1,
+            dp_rank=0,
+            dp_size=1,
+            seed=0,
+        )
+    with pytest.raises(DataError, match=r"data.json: not found, so .* run `minitron data`"):
+        train(tmp_path)
+
+
+def test_damaged_folder_is_found(data_dir: Path, tmp_path: Path) -> None:
+    for path in data_dir.iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    whole = (tmp_path / "train.bin").read_bytes()
+    (tmp_path / "train.bin").write_bytes(whole[:-2])
+    with pytest.raises(
+        DataError,
+        match=rf"train.bin: {len(whole) - 2} bytes but .* of uint16 = {len(whole)} bytes: run",
+    ):
+        train(tmp_path)
+    (tmp_path / "train.bin").unlink()
+    with pytest.raises(DataError, match=r"train.bin: no such file: run `minitron data` again"):
+        train(tmp_path)

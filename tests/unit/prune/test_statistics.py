@@ -1,0 +1,52 @@
+import numpy as np
+import pytest
+import torch
+
+from minitron.config.score import Aggregation, Reduction
+from minitron.prune import statistics
+from minitron.prune.statistics import cosine_distance, reduce_batch, reduce_sequence
+
+
+def formula(kind: Reduction, values: np.ndarray, axis: int) -> np.ndarray:
+    """The paper's definitions, word for word."""
+    if kind is Reduction.mean:
+        return np.abs(values).mean(axis)
+    if kind is Reduction.l2:
+        return np.sqrt((values**2).sum(axis))
+    return ((values - values.mean(axis, keepdims=True)) ** 2).mean(axis)
+
+
+@pytest.mark.parametrize("aggregation", list(Aggregation), ids=lambda a: a.value)
+def test_aggregations_match_the_formula(aggregation: Aggregation) -> None:
+    activation_SBX = torch.randn(7, 5, 6, generator=torch.Generator().manual_seed(0)) + 0.3
+    value_BX = reduce_sequence(activation_SBX, [aggregation.seq])[aggregation.seq]
+    sums = torch.stack([value_BX.sum(0), value_BX.square().sum(0)]).numpy()
+    per_sample = formula(aggregation.seq, activation_SBX.double().numpy(), 0)
+    want = formula(aggregation.batch, per_sample, 0)
+    np.testing.assert_allclose(reduce_batch(sums, 5, aggregation.batch), want, rtol=1e-11)
+
+
+@pytest.mark.parametrize("reduction", list(Reduction))
+def test_chunks_of_tokens_change_nothing(
+    reduction: Reduction, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    activation_SBX = torch.randn(7, 2, 6, generator=torch.Generator().manual_seed(0))
+    whole = reduce_sequence(activation_SBX, [reduction], per_head=3)[reduction]
+    distance = cosine_distance(activation_SBX, activation_SBX**2)
+    monkeypatch.setattr(statistics, "_CHUNK_ELEMENTS", 24)
+    parts = reduce_sequence(activation_SBX, [reduction], per_head=3)[reduction]
+    torch.testing.assert_close(parts, whole, rtol=1e-13, atol=1e-15)
+    torch.testing.assert_close(cosine_distance(activation_SBX, activation_SBX**2), distance)
+
+
+def test_the_activation_is_left_alone() -> None:
+    activation_SBX = torch.randn(3, 2, 4, dtype=torch.float64)
+    before = activation_SBX.clone()
+    reduce_sequence(activation_SBX, list(Reduction))
+    assert torch.equal(activation_SBX, before)
+
+
+def test_cosine_distance_by_hand() -> None:
+    before_SBH = torch.tensor([[[1.0, 0.0]], [[1.0, 0.0]], [[3.0, 4.0]]])
+    after_SBH = torch.tensor([[[0.0, 2.0]], [[5.0, 0.0]], [[-3.0, -4.0]]])
+    assert cosine_distance(before_SBH, after_SBH).tolist() == pytest.approx([1 + 0 + 2])
