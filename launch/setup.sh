@@ -140,7 +140,7 @@ into="--python=$venv/bin/python"
 packages=$(grep -c '^[a-z].*==' requirements.lock)
 say "installing $packages packages from requirements.lock. The first time on Linux that downloads"
 say "about 3 GB, nearly all of it torch and its CUDA libraries (5.3 GB once installed)"
-with_progress "$venv/bin/uv" pip sync "$into" --require-hashes requirements.lock
+with_progress "$venv/bin/uv" pip sync "$into" --require-hashes --compile-bytecode requirements.lock
 say "installing minitron itself, editable"
 "$venv/bin/uv" pip install "$into" --quiet --no-deps --no-build-isolation --editable .
 rm -f -- "$busy"

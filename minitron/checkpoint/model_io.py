@@ -9,7 +9,7 @@ from megatron.core.dist_checkpointing.mapping import ShardedStateDict
 from megatron.core.dist_checkpointing.validation import StrictHandling
 from megatron.core.models.gpt.gpt_model import GPTModel
 
-from minitron.checkpoint.folder import weights_dir
+from minitron.checkpoint.folder import WEIGHTS_DIR, weights_dir
 from minitron.errors import CheckpointError
 
 
@@ -34,7 +34,7 @@ def load_model(gpt: GPTModel, folder: Path) -> None:
 
 def save_model(gpt: GPTModel, folder: Path) -> None:
     """Write the model's weights, and nothing else, into a checkpoint folder. Called by every rank."""
-    save_sharded(_weights_only(gpt.sharded_state_dict()), weights_dir(folder))
+    save_sharded(_weights_only(gpt.sharded_state_dict()), folder / WEIGHTS_DIR)
 
 
 def load_sharded(state: ShardedStateDict, path: Path) -> dict[str, Any]:

@@ -103,8 +103,7 @@ def _target_size(model: ModelConfig, config: PruneConfig, name: str) -> int:
         return have
     if want > have:
         raise PruneError(
-            f"prune.{name}={want} is larger than the model's {have}; use at most {have}, "
-            "or null to keep all"
+            f"prune.{name}={want} is larger than the model's {have}; use at most {have}, or null to keep all"
         )
     return want
 
@@ -132,9 +131,7 @@ def _layers_left(model: ModelConfig, config: PruneConfig) -> int:
         )
     left = model.num_layers - len(drop)
     if left < 1:
-        raise PruneError(
-            f"prune.drop_layers drops all {model.num_layers} layers of the model; keep at least one"
-        )
+        raise PruneError(f"prune.drop_layers drops all {model.num_layers} layers of the model; keep at least one")
     if config.num_layers is not None and config.num_layers != left:
         raise PruneError(
             f"prune.num_layers={config.num_layers} contradicts prune.drop_layers, which leaves "

@@ -76,9 +76,7 @@ class ScoreConfig:
             if getattr(self, name) < 1:
                 raise ConfigError(f"score.{name}={getattr(self, name)} must be at least 1")
         if not self.aggregations:
-            raise ConfigError(
-                "score.aggregations=[] saves no scores; name at least one, such as l2_mean"
-            )
+            raise ConfigError("score.aggregations=[] saves no scores; name at least one, such as l2_mean")
         names = [a.value for a in self.aggregations]
         if len(set(names)) < len(names):
             raise ConfigError(f"score.aggregations={names} names one twice; name each once")

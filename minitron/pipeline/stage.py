@@ -5,7 +5,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -13,7 +13,9 @@ from minitron.config.run import RunConfig
 from minitron.errors import ArtefactError, MinitronError
 from minitron.runtime.artefact import RunFolder, StageIdentity, storage_error
 from minitron.runtime.environment import environment
-from minitron.runtime.session import Session
+
+if TYPE_CHECKING:  # a session brings Megatron-Core with it, which planning does not need
+    from minitron.runtime.session import Session
 
 
 def _nothing(_config: RunConfig) -> dict[str, str]:
@@ -36,7 +38,7 @@ class Stage:
     name: str
     needs: tuple[str, ...]
     values: Callable[[RunConfig], dict[str, Any]]
-    run: Callable[[Session, Path], dict[str, Any]]
+    run: Callable[["Session", Path], dict[str, Any]]
     outside: Callable[[RunConfig], dict[str, str]] = field(default=_nothing)
     resumable: bool = False
 
@@ -104,7 +106,7 @@ def _check_needed(identity: StageIdentity, run: RunFolder, wanted: Sequence[str]
         )
 
 
-def run_stages(planned: Sequence[Planned], session: Session) -> None:
+def run_stages(planned: Sequence[Planned], session: "Session") -> None:
     """Run every planned stage that is not done. Called by all ranks with the same plan."""
     for number, item in enumerate(planned, start=1):
         label = f"[{number:>2}/{len(planned)}] {item.stage.name}"
@@ -121,7 +123,7 @@ def run_stages(planned: Sequence[Planned], session: Session) -> None:
         session.say(f"{label}: {time.monotonic() - started:.0f} s  {shown}")
 
 
-def _run_stage(item: Planned, session: Session) -> dict[str, Any]:
+def _run_stage(item: Planned, session: "Session") -> dict[str, Any]:
     """Run one stage in its working folder and give the folder its place."""
     started = time.monotonic()
     partial = session.run.path / ".partial" / item.stage.name

@@ -59,9 +59,7 @@ def score_model(
             forward_only(gpt, watched, _nothing)
     finally:
         gpt.train(was_training)
-    return collector.reduce(
-        source_id=source_id, dp_group=groups.dp, tp_group=groups.tp, pp_group=groups.pp
-    )
+    return collector.reduce(source_id=source_id, dp_group=groups.dp, tp_group=groups.tp, pp_group=groups.pp)
 
 
 class _Watched(Sequence[Batch]):

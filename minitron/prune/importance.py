@@ -94,14 +94,10 @@ class ImportanceCollector:
     def __enter__(self) -> Self:
         """Register the hooks."""
         for index, layer in enumerate(self._layers):
-            self._handles.append(
-                layer.register_forward_hook(self._layer_hook(index), with_kwargs=True)
-            )
+            self._handles.append(layer.register_forward_hook(self._layer_hook(index), with_kwargs=True))
             for number, site in enumerate(self._sites):
                 module = layer.get_submodule(site.module)
-                self._handles.append(
-                    module.register_forward_hook(self._site_hook(index, number, site))
-                )
+                self._handles.append(module.register_forward_hook(self._site_hook(index, number, site)))
         return self
 
     def __exit__(
@@ -149,10 +145,7 @@ class ImportanceCollector:
         """
         if dp_group is not None:
             _all_reduce(self._sums.tensors(), dp_group)
-        stage = {
-            _number(layer): self._layer_sums(index, tp_group)
-            for index, layer in enumerate(self._layers)
-        }
+        stage = {_number(layer): self._layer_sums(index, tp_group) for index, layer in enumerate(self._layers)}
         layers = _gather_layers(stage, pp_group)
         assert sorted(layers) == list(range(self._model.num_layers)), sorted(layers)
         return self._finish([layers[number] for number in sorted(layers)], source_id)
@@ -169,9 +162,7 @@ class ImportanceCollector:
             if site.axis is Axis.head and self._head_norm is HeadNorm.token:
                 size //= self._model.kv_channels
             for reduction in self._seq_reductions:
-                width[number, reduction] = torch.zeros(
-                    depth, 2, size, dtype=torch.float64, device=device
-                )
+                width[number, reduction] = torch.zeros(depth, 2, size, dtype=torch.float64, device=device)
         return _Sums(
             width=width,
             samples=torch.zeros(depth, len(self._sites), dtype=torch.float64, device=device),
@@ -202,9 +193,7 @@ class ImportanceCollector:
         """Hook that adds one layer's ``1 - cos(input, output)`` to its sum."""
 
         @torch.no_grad()
-        def hook(
-            _module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Any
-        ) -> None:
+        def hook(_module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Any) -> None:
             before_SBH: Tensor = args[0] if args else kwargs["hidden_states"]
             after_SBH: Tensor = output[0] if isinstance(output, tuple) else output
             weights_B = self._check(after_SBH)
@@ -322,9 +311,7 @@ def _join(shard: Tensor, group: ProcessGroup, *, replicated: bool) -> Tensor:
     return shards[0]
 
 
-def _gather_layers(
-    stage: dict[int, dict[str, Floats]], group: ProcessGroup | None
-) -> dict[int, dict[str, Floats]]:
+def _gather_layers(stage: dict[int, dict[str, Floats]], group: ProcessGroup | None) -> dict[int, dict[str, Floats]]:
     """The layers of all pipeline stages, by number."""
     if group is None:
         return stage

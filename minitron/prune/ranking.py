@@ -11,9 +11,7 @@ from minitron.prune.scores import Floats, Scores, random_scores
 from minitron.prune.spec import PruneSpec
 
 
-def choose(
-    source: ModelConfig, config: PruneConfig, *, scores: Scores | None, source_id: str
-) -> PruneSpec:
+def choose(source: ModelConfig, config: PruneConfig, *, scores: Scores | None, source_id: str) -> PruneSpec:
     """Choose what a pruned model keeps.
 
     Channels: the scores of a channel are summed over all norms of the source (dropped layers
@@ -71,9 +69,7 @@ def kept_layers(scores: Floats, count: int, drop_layers: Sequence[int] | None) -
     return top_units(scores, count)
 
 
-def kept_heads(
-    scores: Floats, source: ModelConfig, target: ModelConfig
-) -> tuple[list[int], list[int]]:
+def kept_heads(scores: Floats, source: ModelConfig, target: ModelConfig) -> tuple[list[int], list[int]]:
     """The query heads and the query groups that one layer keeps.
 
     Keys and values belong to a group, so heads compete only inside their group and every kept group
@@ -101,9 +97,7 @@ def _check_scores(scores: Scores, source: ModelConfig, source_id: str) -> None:
     if scores.model != source:
         old, new = scores.model.to_dict(), source.to_dict()
         other = [f"{k} {old[k]} != {new[k]}" for k in new if old[k] != new[k]]
-        raise PruneError(
-            f"the scores are of another architecture ({', '.join(other)}); score this model again"
-        )
+        raise PruneError(f"the scores are of another architecture ({', '.join(other)}); score this model again")
     if scores.source_id != source_id:
         raise PruneError(
             f"the scores are of other weights ({scores.source_id}) than the source ({source_id}); "

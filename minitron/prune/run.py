@@ -4,17 +4,13 @@ from pathlib import Path
 
 from minitron.checkpoint.folder import read_model_config
 from minitron.config.prune import Ranking
-from minitron.data.batch import Batch
 from minitron.data.loader import calibration_batches
-from minitron.models.gpt import FinalState
 from minitron.models.load import load_gpt
-from minitron.parallel.groups import Groups
-from minitron.prune.importance import ImportanceCollector
+from minitron.prune.calibration import score_model
 from minitron.prune.ranking import choose
 from minitron.prune.scores import Scores
 from minitron.prune.slicer import apply_spec
 from minitron.runtime.session import Session
-from minitron.train.heldout import forward_only, groups_of
 
 SPEC_FILE = "prune_spec.json"
 
@@ -31,7 +27,6 @@ def score(session: Session, *, model: Path, source_id: str, data: Path, out: Pat
     """
     config, groups = session.config, session.groups
     gpt, architecture = load_gpt(model, session, local_spec=True)
-    gpt.eval()
     batches = calibration_batches(
         data,
         num_samples=config.score.num_samples,
@@ -41,21 +36,16 @@ def score(session: Session, *, model: Path, source_id: str, data: Path, out: Pat
         dp_size=groups.dp.size(),
         seed=config.seed,
     )
-    collector = ImportanceCollector(
-        gpt.decoder.layers,
-        architecture,
-        seq_length=config.data.seq_length,
-        aggregations=config.score.aggregations,
-        head_norm=config.score.head_norm,
-    )
-    with collector, session.progress("score") as progress:
-        done = 0
-        for part in groups_of(batches, groups):
-            on_device = [batch.to(session.torch_device) for batch in part]
-            forward_only(gpt, on_device, _nothing, before=lambda batch: collector.observe(batch.loss_mask_BS[:, 0]))
-            done += len(part)
-            progress.update(done, len(batches))
-    scores = _reduce(collector, source_id, groups)
+    with session.progress("score") as progress:
+        scores = score_model(
+            gpt,
+            batches,
+            model=architecture,
+            config=config.score,
+            groups=groups,
+            source_id=source_id,
+            on_progress=progress.update,
+        )
     if session.is_main:
         scores.save(out)
     return {"samples": scores.num_samples, "tokens": scores.num_samples * scores.seq_length}
@@ -93,11 +83,3 @@ def prune(session: Session, *, model: Path, source_id: str, scores: Path | None,
         "ffn": f"{spec.source.ffn_hidden_size} -> {target.ffn_hidden_size}",
         "heads": f"{spec.source.num_attention_heads} -> {target.num_attention_heads}",
     }
-
-
-def _reduce(collector: ImportanceCollector, source_id: str, groups: Groups) -> Scores:
-    return collector.reduce(source_id=source_id, dp_group=groups.dp, tp_group=groups.tp, pp_group=groups.pp)
-
-
-def _nothing(_state: FinalState, _batch: Batch) -> None:
-    """The hooks have seen all there is to see."""

@@ -73,8 +73,7 @@ class Scores:
             want = shapes[name.split(".")[-1]]
             if array.shape != want:
                 raise PruneError(
-                    f"scores: {name} has shape {array.shape}, but the model needs {want}; "
-                    "score this model again"
+                    f"scores: {name} has shape {array.shape}, but the model needs {want}; score this model again"
                 )
             if not np.isfinite(array).all():
                 count = int((~np.isfinite(array)).sum())
@@ -142,8 +141,7 @@ class Scores:
             )
         except (OSError, ValueError, KeyError, SafetensorError) as error:
             raise ArtefactError(
-                f"{folder} holds no readable scores ({type(error).__name__}: {error}); "
-                "run the score stage again"
+                f"{folder} holds no readable scores ({type(error).__name__}: {error}); run the score stage again"
             ) from error
         scores.validate()
         return scores

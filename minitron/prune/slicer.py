@@ -112,8 +112,7 @@ def apply_spec(
     spec.validate()
     if read_model_config(source) != spec.source:
         raise PruneError(
-            f"{source}: model.json is not the architecture that the prune spec was made for; "
-            "prune this model again"
+            f"{source}: model.json is not the architecture that the prune spec was made for; prune this model again"
         )
     side_dir(source)  # missing: an error on every rank, now, and not on rank 0 while others wait
     reader = CheckpointReader(weights_dir(source))
@@ -131,9 +130,7 @@ def apply_spec(
     writer.finish(group)
 
 
-def _copy_item(
-    item: SliceItem, spec: PruneSpec, reader: CheckpointReader, writer: CheckpointWriter
-) -> None:
+def _copy_item(item: SliceItem, spec: PruneSpec, reader: CheckpointReader, writer: CheckpointWriter) -> None:
     """Read, slice and write one item."""
     param, key = item.param, item.param.key
     offsets = [0] * len(global_shape(param, spec.source))
@@ -177,6 +174,5 @@ def _check_tensors(spec: PruneSpec, shapes: Mapping[str, tuple[int, ...]], sourc
         padded = param.dims[0] is Dim.vocab and len(have) == len(want) and have[0] >= want[0]
         if have != want and not (padded and have[1:] == want[1:]):
             raise CheckpointError(
-                f"{source}: {param.key} has shape {have}, but model.json needs {want}; "
-                "import the model again"
+                f"{source}: {param.key} has shape {have}, but model.json needs {want}; import the model again"
             )

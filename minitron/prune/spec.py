@@ -92,23 +92,18 @@ class PruneSpec:
             lists = getattr(self, name)
             if len(lists) != target.num_layers:
                 raise PruneError(
-                    f"prune spec: {name} has {len(lists)} lists for {target.num_layers} kept "
-                    "layers; give one per layer"
+                    f"prune spec: {name} has {len(lists)} lists for {target.num_layers} kept layers; give one per layer"
                 )
         for i, layer in enumerate(self.layers):
             where = f"of layer {layer}"
-            _check_units(
-                f"ffn {where}", self.ffn[i], source.ffn_hidden_size, target.ffn_hidden_size
-            )
+            _check_units(f"ffn {where}", self.ffn[i], source.ffn_hidden_size, target.ffn_hidden_size)
             _check_units(
                 f"heads {where}",
                 self.heads[i],
                 source.num_attention_heads,
                 target.num_attention_heads,
             )
-            _check_units(
-                f"groups {where}", self.groups[i], source.num_query_groups, target.num_query_groups
-            )
+            _check_units(f"groups {where}", self.groups[i], source.num_query_groups, target.num_query_groups)
             self._check_groups(where, self.heads[i], self.groups[i])
 
     def to_json(self) -> str:
@@ -212,11 +207,8 @@ def _check_units(what: str, units: Sequence[int], have: int, want: int) -> None:
     if len(units) != want:
         raise PruneError(f"prune spec: {what} keeps {len(units)} units, but the target has {want}")
     if any(b <= a for a, b in pairwise(units)):
-        raise PruneError(
-            f"prune spec: {what} are not in increasing order; sort them, each unit once"
-        )
+        raise PruneError(f"prune spec: {what} are not in increasing order; sort them, each unit once")
     if units and (units[0] < 0 or units[-1] >= have):
         raise PruneError(
-            f"prune spec: {what} reach from {units[0]} to {units[-1]}, but the source has units "
-            f"0 to {have - 1}"
+            f"prune spec: {what} reach from {units[0]} to {units[-1]}, but the source has units 0 to {have - 1}"
         )

@@ -56,17 +56,26 @@ def wandb_has_account() -> bool:
         return False
 
 
-def rank_environment(num_threads: int) -> dict[str, str]:
-    """Environment of the ranks that `minitron.runtime.launch` starts; values set by the user win.
+def set_rank_environment(num_ranks: int) -> None:
+    """Set what the ranks started from here inherit; values set by the user win.
 
     Args:
-        num_threads: OMP_NUM_THREADS of each rank, so that ranks on one machine share its cores.
+        num_ranks: Ranks that share this machine's cores.
     """
     defaults = {
-        "OMP_NUM_THREADS": str(num_threads),  # torchrun's own default of 1 wastes cores
+        "OMP_NUM_THREADS": str(max(1, num_cores() // num_ranks)),  # the launcher's own default is 1
         "CUDA_DEVICE_MAX_CONNECTIONS": "1",  # orders TP communication before compute up to Hopper
         "TOKENIZERS_PARALLELISM": "false",  # forked tokenizers warn and may hang
         "HF_HUB_OFFLINE": "1",  # every model is a local path; never look on the network
         "PYTHONFAULTHANDLER": "1",  # a stack for a rank that dies in native code
+        "TORCH_CPP_LOG_LEVEL": "ERROR",  # no c10d notes between the progress lines
     }
-    return {**defaults, **os.environ}
+    for name, value in defaults.items():
+        os.environ.setdefault(name, value)
+
+
+def num_cores() -> int:
+    """Cores this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1

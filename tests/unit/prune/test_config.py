@@ -23,9 +23,7 @@ def test_omegaconf_reads_both_sections() -> None:
     assert OmegaConf.to_object(score) == ScoreConfig(
         aggregations=[Aggregation.l2_mean, Aggregation.mean_mean], head_norm=HeadNorm.channel
     )
-    prune = OmegaConf.merge(
-        OmegaConf.structured(PruneConfig), {"drop_layers": [1], "ranking": "random"}
-    )
+    prune = OmegaConf.merge(OmegaConf.structured(PruneConfig), {"drop_layers": [1], "ranking": "random"})
     assert OmegaConf.to_object(prune) == PruneConfig(drop_layers=[1], ranking=Ranking.random)
 
 

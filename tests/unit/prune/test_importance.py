@@ -71,9 +71,7 @@ def samples(count: int) -> Tensor:
 
 def collect(hidden_SBH: Tensor, *, micro_batch_size: int, head_norm: HeadNorm) -> Scores:
     stack = layers()
-    collector = ImportanceCollector(
-        stack, MODEL, seq_length=S, aggregations=list(Aggregation), head_norm=head_norm
-    )
+    collector = ImportanceCollector(stack, MODEL, seq_length=S, aggregations=list(Aggregation), head_norm=head_norm)
     with collector:
         for part in hidden_SBH.split(micro_batch_size, dim=1):
             run(stack, part)
@@ -111,9 +109,7 @@ def check(have: np.ndarray, want: Tensor) -> None:
 
 @pytest.mark.parametrize("aggregation", list(Aggregation))
 def test_the_grouping_into_batches_does_not_matter(aggregation: Aggregation) -> None:
-    one, many = (
-        collect(samples(8), micro_batch_size=n, head_norm=HeadNorm.token) for n in (8, 3)
-    )
+    one, many = (collect(samples(8), micro_batch_size=n, head_norm=HeadNorm.token) for n in (8, 3))
     np.testing.assert_allclose(many.layer, one.layer, rtol=1e-12)
     for axis in ("ffn", "head", "hidden"):
         have, want = (getattr(s.width[aggregation], axis) for s in (many, one))
@@ -136,20 +132,21 @@ def test_samples_of_weight_zero_do_not_count() -> None:
     want = collect(hidden_SBH[:, [0, 1, 2, 3, 4, 6]], micro_batch_size=6, head_norm=HeadNorm.token)
     assert have.num_samples == 6
     np.testing.assert_allclose(have.layer, want.layer, rtol=1e-12)
-    np.testing.assert_allclose(
-        have.width[Aggregation.l2_mean].ffn, want.width[Aggregation.l2_mean].ffn, rtol=1e-12
-    )
+    np.testing.assert_allclose(have.width[Aggregation.l2_mean].ffn, want.width[Aggregation.l2_mean].ffn, rtol=1e-12)
 
 
 def test_hooks_are_removed_when_the_pass_fails() -> None:
     stack = layers()
-    with (
-        pytest.raises(RuntimeError, match="stop"),
-        ImportanceCollector(stack, MODEL, seq_length=S),
-    ):
+    collector = ImportanceCollector(stack, MODEL, seq_length=S)
+    with pytest.raises(RuntimeError, match="stop"):
+        fail_inside(collector, stack)
+    assert not any(module._forward_hooks for module in stack.modules())
+
+
+def fail_inside(collector: ImportanceCollector, stack: nn.ModuleList) -> None:
+    with collector:
         assert any(module._forward_hooks for module in stack.modules())
         raise RuntimeError("stop")
-    assert not any(module._forward_hooks for module in stack.modules())
 
 
 def test_passes_that_cannot_be_scored() -> None:

@@ -12,9 +12,7 @@ from tests.unit.prune.reference import shape
 def hand_scores() -> Scores:
     """One layer is easy to follow: 2 layers, 4 channels, 3 neurons, 4 heads in 2 groups."""
     return Scores(
-        model=shape(
-            num_layers=2, hidden_size=4, ffn_hidden_size=3, num_attention_heads=4, num_query_groups=2
-        ),
+        model=shape(num_layers=2, hidden_size=4, ffn_hidden_size=3, num_attention_heads=4, num_query_groups=2),
         source_id="w",
         num_samples=1,
         seq_length=1,
@@ -23,9 +21,7 @@ def hand_scores() -> Scores:
             Aggregation.l2_mean: WidthScores(
                 ffn=np.array([[3.0, 1.0, 2.0], [1.0, 1.0, 1.0]]),
                 head=np.array([[1.0, 2.0, 9.0, 8.0], [5.0, 5.0, 0.0, 6.0]]),
-                hidden=np.array(
-                    [[9.0, 0, 0, 1], [0, 4.0, 0, 1], [0, 4.0, 7.0, 1], [0, 2.0, 0, 1]]
-                ),
+                hidden=np.array([[9.0, 0, 0, 1], [0, 4.0, 0, 1], [0, 4.0, 7.0, 1], [0, 2.0, 0, 1]]),
             )
         },
         layer=np.array([0.2, 0.1]),
@@ -86,9 +82,7 @@ def test_scores_must_be_of_the_source() -> None:
     with pytest.raises(PruneError, match="needs scores, and there are none"):
         choose(scores.model, PruneConfig(), scores=None, source_id="w")
     with pytest.raises(PruneError, match=r"l2_var is not among the saved scores \(l2_mean\)"):
-        choose(
-            scores.model, PruneConfig(aggregation=Aggregation.l2_var), scores=scores, source_id="w"
-        )
+        choose(scores.model, PruneConfig(aggregation=Aggregation.l2_var), scores=scores, source_id="w")
 
 
 def test_random_scores_have_the_models_shape() -> None:

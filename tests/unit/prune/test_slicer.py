@@ -71,9 +71,7 @@ def test_ffn_masked_teacher_is_the_pruned_student(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("heads", "groups"), [(4, 4), (4, 2), (2, 2), (1, 1)])
-def test_heads_masked_teacher_is_the_pruned_student(
-    tmp_path: Path, heads: int, groups: int
-) -> None:
+def test_heads_masked_teacher_is_the_pruned_student(tmp_path: Path, heads: int, groups: int) -> None:
     model = shape()
     teacher = llama(model)
     config = PruneConfig(num_attention_heads=heads, num_query_groups=groups)
@@ -136,9 +134,7 @@ def permute(teacher: LlamaForCausalLM, model: ModelConfig, scores: Scores) -> Ll
     for layer in range(model.num_layers):
         prefix = f"model.layers.{layer}."
         ffn = rng.permutation(model.ffn_hidden_size)
-        heads = np.concatenate(
-            [g * per_group + rng.permutation(per_group) for g in range(model.num_query_groups)]
-        )
+        heads = np.concatenate([g * per_group + rng.permutation(per_group) for g in range(model.num_query_groups)])
         width.ffn[layer] = width.ffn[layer, ffn]
         width.head[layer] = width.head[layer, heads]
         rows = rows_of(heads.tolist(), model.kv_channels)
@@ -219,9 +215,7 @@ def test_checkpoints_that_do_not_fit(tmp_path: Path) -> None:
     with pytest.raises(PruneError, match="not the architecture that the prune spec was made for"):
         apply_spec(other, source=source, out=tmp_path / "out")
     key = "decoder.final_layernorm.weight"
-    lacking = write_checkpoint(
-        tmp_path / "lacking", {k: t for k, t in tensors.items() if k != key}, model
-    )
+    lacking = write_checkpoint(tmp_path / "lacking", {k: t for k, t in tensors.items() if k != key}, model)
     with pytest.raises(CheckpointError, match=f"lacks {key}"):
         apply_spec(spec, source=lacking, out=tmp_path / "out")
     extra = write_checkpoint(tmp_path / "extra", {**tensors, "more": torch.zeros(2)}, model)

@@ -27,9 +27,7 @@ def test_aggregations_match_the_formula(aggregation: Aggregation) -> None:
 
 
 @pytest.mark.parametrize("reduction", list(Reduction))
-def test_chunks_of_tokens_change_nothing(
-    reduction: Reduction, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_chunks_of_tokens_change_nothing(reduction: Reduction, monkeypatch: pytest.MonkeyPatch) -> None:
     activation_SBX = torch.randn(7, 2, 6, generator=torch.Generator().manual_seed(0))
     whole = reduce_sequence(activation_SBX, [reduction], per_head=3)[reduction]
     distance = cosine_distance(activation_SBX, activation_SBX**2)

@@ -38,9 +38,7 @@ def score(
             gpt.config.pipeline_dtype = torch.float64
             size = config.micro_batch_size
             batches = _batches(tokens_BS, size, groups.dp_rank, groups.dp.size())
-            return score_model(
-                gpt, batches, model=model, config=config, groups=groups, source_id="w"
-            )
+            return score_model(gpt, batches, model=model, config=config, groups=groups, source_id="w")
     finally:
         CPU_LAYER.undo()
 

@@ -1,0 +1,1 @@
+"""The command line: verbs, and the only place that wires the stages' parts together."""

@@ -1,0 +1,147 @@
+"""What each stage does: the wiring of data, prune, distill, train, eval and report. Imported on the ranks only."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from minitron.checkpoint.folder import read_model_config
+from minitron.cli.exporting import export
+from minitron.cli.stages import CHECKPOINT_OF
+from minitron.config.compose import to_yaml
+from minitron.config.run import SourceKind
+from minitron.data.build import build_dataset
+from minitron.distill.run import distill
+from minitron.eval.run import check_better_than_chance, evaluate
+from minitron.models.axes import num_embedding_parameters, num_parameters
+from minitron.models.hf_import import import_model
+from minitron.models.random_source import write_random_model
+from minitron.prune.run import prune, score
+from minitron.prune.scores import Scores
+
+from minitron.runtime.session import Session
+from minitron.train.run import train_from_scratch
+
+Values = dict[str, Any]
+
+
+def act(stage: str, session: Session, out: Path) -> Values:
+    """Do the work of a stage on this rank.
+
+    Args:
+        stage: Name of the stage.
+        session: The running job.
+        out: The stage's working folder.
+
+    Returns:
+        The summary for ``meta.json``.
+    """
+    if stage.startswith("eval_"):
+        return _eval(stage, session, out)
+    actions = {
+        "import": _import,
+        "data": _data,
+        "score": _score,
+        "prune": _prune,
+        "distill": _distill,
+        "baseline": _baseline,
+        "export": export,
+        "report": _report,
+    }
+    return actions[stage](session, out)
+
+
+def _eval(stage: str, session: Session, out: Path) -> Values:
+    which = stage.removeprefix("eval_")
+    model = session.run.stage(CHECKPOINT_OF[which])
+    result = evaluate(session, name=stage, model=model, data=session.run.stage("data"), out=out)
+    if which == "teacher":
+        check_better_than_chance(session, result["loss"], read_model_config(model).vocab_size)
+    return dict(result)
+
+
+def _import(session: Session, out: Path) -> Values:
+    source = Path(session.config.source.path or "")
+    if session.config.source.kind is SourceKind.random:
+        source = out / "source"
+        if session.is_main:
+            write_random_model(session.config.source.random, source)
+        torch.distributed.barrier()
+    with session.progress("import") as progress:
+        info = import_model(
+            source,
+            out,
+            rank=session.groups.world_rank,
+            world_size=session.groups.world_size,
+            on_progress=progress.update,
+        )
+    total = num_parameters(info.model)
+    return {
+        "name": info.name,
+        "parameters": total,
+        "non_embedding": total - num_embedding_parameters(info.model),
+    }
+
+
+def _data(session: Session, out: Path) -> Values:
+    if not session.is_main:
+        return {}
+    model = session.run.stage("import")
+    with session.progress("data") as progress:
+        # The amount of text is not known before it is read: the bar counts megabytes as they come.
+        limit = session.config.data.max_bytes or 0
+        summary = build_dataset(
+            session.config.data,
+            tokenizer_dir=model / "hf",
+            vocab_size=read_model_config(model).vocab_size,
+            out_dir=out,
+            on_progress=lambda _documents, done: progress.update(done, max(limit, done)),
+        )
+    return {"train_tokens": summary.train.num_tokens, "heldout_tokens": summary.heldout.num_tokens}
+
+
+def _identity_of(session: Session, stage: str) -> str:
+    meta = session.run.meta(stage)
+    assert meta is not None, f"{stage} runs before"
+    digest: str = meta["digest"]
+    return digest
+
+
+def _score(session: Session, out: Path) -> Values:
+    run = session.run
+    source_id = _identity_of(session, "import")
+    return dict(score(session, model=run.stage("import"), source_id=source_id, data=run.stage("data"), out=out))
+
+
+def _prune(session: Session, out: Path) -> Values:
+    run = session.run
+    source_id = _identity_of(session, "import")
+    return prune(session, model=run.stage("import"), source_id=source_id, scores=run.stage("score"), out=out)
+
+
+def _distill(session: Session, out: Path) -> Values:
+    run = session.run
+    teacher, student, data = run.stage("import"), run.stage("prune"), run.stage("data")
+    return dict(distill(session, teacher=teacher, student=student, data=data, out=out))
+
+
+def _baseline(session: Session, out: Path) -> Values:
+    run = session.run
+    return dict(train_from_scratch(session, shape_of=run.stage("prune"), data=run.stage("data"), out=out))
+
+
+def _report(session: Session, out: Path) -> Values:
+    if session.is_main:
+        from minitron.report import write_report
+
+        width = Scores.load(session.run.stage("score"))
+        scores = width.for_aggregation(session.config.prune.aggregation)
+        importance = {
+            "ffn": scores.ffn,
+            "head": scores.head,
+            "hidden": np.sum(scores.hidden, axis=0),
+            "layer": width.layer,
+        }
+        write_report(session.run.path, out, importance, to_yaml(session.config))
+    return {}

@@ -1,0 +1,94 @@
+"""``minitron <verb> [key=value ...]``."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import minitron
+from minitron.errors import ConfigError, MinitronError
+
+VERBS: dict[str, tuple[str, str]] = {
+    "compress": ("the whole line, resumable: what is done is skipped", "source, data, prune, distill"),
+    "import": ("a Hugging Face folder or GGUF file -> a Megatron checkpoint", "source"),
+    "data": ("text -> Megatron .bin/.idx, split into train and held-out", "data"),
+    "score": ("one calibration pass -> importance of every head, neuron, channel and layer", "score"),
+    "prune": ("scores and a target shape -> a prune spec and a smaller checkpoint", "prune"),
+    "distill": ("teacher and pruned student -> a distilled checkpoint", "distill"),
+    "train": ("the control: the student's shape from random weights, cross-entropy", "distill.train"),
+    "eval": ("held-out loss and perplexity; the unpruned teacher first", "eval"),
+    "export": ("the distilled checkpoint -> a Hugging Face folder, reloaded and compared", "export"),
+    "report": ("table, plots and report.html from what is done", "report"),
+}
+"""Each verb: what it does, and the sections of the configuration it reads most."""
+
+_EPILOG = """\
+Overrides are key=value, as in Hydra:
+  experiment=demo                          a prepared run (conf/experiment/)
+  source.path=/models/Llama-3.1-8B         a local Hugging Face folder, or a .gguf file
+  parallel.tensor_model_parallel_size=2    the layout; the ranks are started for it
+  prune.hidden_size=3072                   the target shape; what is not named is kept
+  distill.train.num_tokens=2000000000      how long to retrain
+--print-config shows every key with its value.
+"""
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The command line's grammar."""
+    verbs = "\n".join(f"  {name:<10}{text}" for name, (text, _sections) in VERBS.items())
+    parser = argparse.ArgumentParser(
+        prog="minitron",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        description="Make a large language model small: prune it by importance, retrain it by distillation.",
+        epilog=f"verbs:\n{verbs}\n\n{_EPILOG}\nTry it: minitron compress experiment=demo",
+    )
+    parser.add_argument("--version", action="version", version=f"minitron {minitron.__version__}")
+    subparsers = parser.add_subparsers(dest="verb", metavar="<verb>", required=True)
+    for name, (text, sections) in VERBS.items():
+        sub = subparsers.add_parser(
+            name,
+            help=argparse.SUPPRESS,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            description=f"minitron {name}: {text}.\nReads the sections: {sections}.",
+            epilog=_EPILOG,
+        )
+        sub.add_argument("overrides", nargs="*", metavar="key=value", help="overrides of the configuration")
+        sub.add_argument("--print-config", action="store_true", help="print the resolved configuration and stop")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point of the console script.
+
+    Returns:
+        Exit code: 0, or the ``exit_code`` of the error that is printed in one line.
+    """
+    args = build_parser().parse_args(argv)
+    try:
+        return _run(args.verb, args.overrides, print_config=args.print_config)
+    except MinitronError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        print("interrupted; what is done is kept, the same command goes on from there", file=sys.stderr)
+        return 130
+
+
+def _run(verb: str, overrides: list[str], *, print_config: bool) -> int:
+    from minitron.config.compose import compose_run, to_yaml
+
+    if print_config:
+        overrides = overrides or ["source.kind=random"]
+        sys.stdout.write(to_yaml(compose_run(overrides)))
+        return 0
+    config = compose_run(overrides)
+
+    from minitron.cli.job import run_job
+
+    if verb == "eval" and config.eval.checkpoint and not Path(config.eval.checkpoint).exists():
+        raise ConfigError(f"eval.checkpoint={config.eval.checkpoint} does not exist")
+    return run_job(verb, config)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,108 @@
+"""The line: every stage and what its result depends on. Light: what the stages do is in `actions`."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from minitron.config.compose import flat_values
+from minitron.config.prune import Ranking
+from minitron.config.run import RunConfig, SourceKind
+from minitron.data.sources import source_fingerprint as text_fingerprint
+from minitron.models.hf_import import source_fingerprint as model_fingerprint
+from minitron.pipeline import Stage
+
+if TYPE_CHECKING:
+    from minitron.runtime.session import Session
+
+Values = dict[str, Any]
+
+_LOGGING_ONLY = ("log_interval_steps", "save_interval_steps", "eval_interval_steps", "eval_tokens")
+"""Training settings that do not change the weights."""
+
+
+def stages_of(config: RunConfig) -> list[Stage]:
+    """The stages of a run, each after those it needs."""
+    needs_scores = config.prune.ranking is Ranking.importance
+    baseline = [
+        Stage("baseline", ("prune", "data"), _training_values, _action("baseline"), resumable=True),
+        _eval_stage("baseline"),
+    ]
+    evaluations = ["eval_teacher", "eval_pruned", "eval_distilled"]
+    return [
+        Stage("import", (), _source_values, _action("import"), outside=_model_outside),
+        Stage("data", ("import",), lambda c: _section(c, "data", drop=("num_workers",)), _action("data"), outside=_text_outside),
+        _eval_stage("teacher"),
+        Stage("score", ("import", "data"), _score_values, _action("score")),
+        Stage("prune", ("import", *(["score"] if needs_scores else [])), lambda c: _section(c, "prune"), _action("prune")),
+        _eval_stage("pruned"),
+        Stage("distill", ("import", "prune", "data"), _distill_values, _action("distill"), resumable=True),
+        _eval_stage("distilled"),
+        *(baseline if config.baseline.enabled else []),
+        Stage("export", ("distill", "data"), lambda c: _section(c, "export"), _action("export")),
+        Stage(
+            "report",
+            ("score", "prune", *evaluations, *(["eval_baseline"] if config.baseline.enabled else []), "export"),
+            lambda c: {},
+            _action("report"),
+        ),
+    ]
+
+
+CHECKPOINT_OF = {"teacher": "import", "pruned": "prune", "distilled": "distill", "baseline": "baseline"}
+"""Stage that leaves the checkpoint of each evaluated model."""
+
+
+def _eval_stage(which: str) -> Stage:
+    name = f"eval_{which}"
+    return Stage(name, (CHECKPOINT_OF[which], "data"), _eval_values, _action(name))
+
+
+def _action(name: str) -> Callable[["Session", Path], Values]:
+    """What a stage does, looked up when it runs: planning needs neither Megatron nor a device."""
+
+    def run(session: "Session", out: Path) -> Values:
+        from minitron.cli.actions import act
+
+        return act(name, session, out)
+
+    return run
+
+
+def _section(config: RunConfig, name: str, *, drop: tuple[str, ...] = ()) -> Values:
+    values = flat_values(getattr(config, name), name)
+    return {key: value for key, value in values.items() if key.rsplit(".", 1)[-1] not in drop}
+
+
+def _source_values(config: RunConfig) -> Values:
+    if config.source.kind is SourceKind.random:
+        return flat_values(config.source.random, "source.random")
+    return {}  # what counts is the content, see _model_outside
+
+
+def _score_values(config: RunConfig) -> Values:
+    return _section(config, "score", drop=("micro_batch_size",)) | _section(config, "precision") | {"seed": config.seed}
+
+
+def _training_values(config: RunConfig) -> Values:
+    values = flat_values(config.distill.train, "distill.train")
+    kept = {key: value for key, value in values.items() if key.rsplit(".", 1)[-1] not in _LOGGING_ONLY}
+    return kept | _section(config, "precision") | {"seed": config.seed}
+
+
+def _distill_values(config: RunConfig) -> Values:
+    return _section(config, "distill", drop=(*_LOGGING_ONLY, "teacher_microbatches")) | _training_values(config)
+
+
+def _eval_values(config: RunConfig) -> Values:
+    settings = _section(config, "eval", drop=("micro_batch_size", "checkpoint"))
+    return settings | _section(config, "precision") | _section(config, "report")
+
+
+def _model_outside(config: RunConfig) -> dict[str, str]:
+    if config.source.kind is SourceKind.random or config.source.path is None:
+        return {}
+    return {"model": model_fingerprint(Path(config.source.path))}
+
+
+def _text_outside(config: RunConfig) -> dict[str, str]:
+    return {"text": text_fingerprint(config.data)}
