@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+import torch
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.core import CheckpointingException
 from megatron.core.dist_checkpointing.mapping import ShardedStateDict
@@ -50,7 +51,10 @@ def load_sharded(state: ShardedStateDict, path: Path) -> dict[str, Any]:
 
 
 def save_sharded(state: ShardedStateDict, path: Path) -> None:
-    """Save a sharded state dict."""
+    """Save a sharded state dict into a folder, which is made if it is missing."""
+    if torch.distributed.get_rank() == 0:
+        path.mkdir(parents=True, exist_ok=True)
+    torch.distributed.barrier()
     dist_checkpointing.save(state, str(path))
 
 

@@ -89,6 +89,9 @@ def _quiet() -> None:
     warnings.filterwarnings("ignore", category=FutureWarning)
     for name in ("megatron", "torch.distributed", "torch.utils.cpp_extension", "transformers", "root"):
         logging.getLogger(name).setLevel(logging.ERROR)
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.disable_progress_bar()
 
 
 if __name__ == "__main__":

@@ -88,7 +88,7 @@ def train(job: TrainJob) -> dict[str, float]:
             metrics.write(step, {**values, "lr": lr, "tokens": tokens, "tokens_per_s": speed})
             job.progress.update(step, num_steps, loss=values["loss"], tokens_per_s=speed)
             clock, clock_step = time.monotonic(), step
-        if last or _every(settings.save_interval_steps, step):
+        if not last and _every(settings.save_interval_steps, step):
             save_state(job.trainable, job.states, step=step)
             clock = time.monotonic() if clock_step == step else clock
     metrics.close()

@@ -1,7 +1,9 @@
 """Checkpoints to resume training from: model, optimizer, schedule and step, written by Megatron-Core."""
 
+import contextlib
 import json
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +32,6 @@ def save_state(trainable: Trainable, folder: Path, *, step: int) -> None:
     rank = torch.distributed.get_rank()
     if rank == 0:
         shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
     torch.distributed.barrier()
     save_sharded(_state_dict(trainable, is_loading=False), partial)
     if rank == 0:
@@ -54,9 +55,10 @@ def load_state(trainable: Trainable, folder: Path) -> int:
     if not steps:
         return 0
     path = folder / _name(steps[-1])
-    state = load_sharded(_state_dict(trainable, is_loading=True), path)
-    trainable.gpt.load_state_dict(state["model"])
-    trainable.optimizer.load_state_dict(state["optimizer"])
+    with _loadable_adam(trainable):
+        state = load_sharded(_state_dict(trainable, is_loading=True), path)
+        trainable.gpt.load_state_dict(state["model"])
+        trainable.optimizer.load_state_dict(state["optimizer"])
     trainable.scheduler.load_state_dict(state["scheduler"])
     try:
         return int(json.loads((path / "step.json").read_text())["step"])
@@ -67,6 +69,39 @@ def load_state(trainable: Trainable, folder: Path) -> int:
 def saved_steps(folder: Path) -> list[int]:
     """Steps of the complete checkpoints under ``folder``, in order."""
     return sorted(int(path.name.removeprefix("step_")) for path in folder.glob("step_*"))
+
+
+@contextlib.contextmanager
+def _loadable_adam(trainable: Trainable) -> Iterator[None]:
+    """Let torch's AdamW take a sharded state: the CPU's optimizer, and CUDA's without Apex or Transformer Engine.
+
+    Megatron-Core 0.19 restores its moments but stumbles over its per-parameter ``step``: there must be one before
+    the load, and while tensors are copied it must not be a tensor. So the state of step 0 is made first, and the
+    loaded steps are plain numbers until the load is over.
+    """
+    adams = [o.optimizer for o in trainable.optimizer.chained_optimizers if isinstance(o.optimizer, torch.optim.AdamW)]
+    for adam in adams:
+        for parameter in _parameters(adam):
+            if not adam.state[parameter]:
+                moments = {key: torch.zeros_like(parameter) for key in ("exp_avg", "exp_avg_sq")}
+                adam.state[parameter].update(step=torch.zeros(()), **moments)
+    hooks = [adam.register_load_state_dict_post_hook(_steps_to_numbers) for adam in adams]
+    try:
+        yield
+    finally:
+        for hook, adam in zip(hooks, adams, strict=True):
+            hook.remove()
+            for parameter in _parameters(adam):
+                adam.state[parameter]["step"] = torch.tensor(float(adam.state[parameter]["step"]))
+
+
+def _parameters(adam: torch.optim.Optimizer) -> list[torch.Tensor]:
+    return [parameter for group in adam.param_groups for parameter in group["params"]]
+
+
+def _steps_to_numbers(adam: torch.optim.Optimizer) -> None:
+    for parameter in _parameters(adam):
+        adam.state[parameter]["step"] = float(adam.state[parameter]["step"])
 
 
 def _name(step: int) -> str:
