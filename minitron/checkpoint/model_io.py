@@ -28,9 +28,7 @@ def load_model(gpt: GPTModel, folder: Path) -> None:
     missing, unexpected = gpt.load_state_dict(state, strict=False)
     missing = [name for name in missing if not name.endswith("_extra_state")]
     if missing or unexpected:
-        raise CheckpointError(
-            f"{folder} does not fit the model: missing {missing[:3]}, unexpected {unexpected[:3]}"
-        )
+        raise CheckpointError(f"{folder} does not fit the model: missing {missing[:3]}, unexpected {unexpected[:3]}")
 
 
 def save_model(gpt: GPTModel, folder: Path) -> None:
@@ -41,9 +39,7 @@ def save_model(gpt: GPTModel, folder: Path) -> None:
 def load_sharded(state: ShardedStateDict, path: Path) -> dict[str, Any]:
     """Load a sharded state dict; a key that is asked for and not there is an error."""
     try:
-        loaded: dict[str, Any] = dist_checkpointing.load(
-            state, str(path), strict=StrictHandling.RAISE_UNEXPECTED
-        )
+        loaded: dict[str, Any] = dist_checkpointing.load(state, str(path), strict=StrictHandling.RAISE_UNEXPECTED)
     except CheckpointingException as error:
         first = str(error).strip().splitlines()[0]
         raise CheckpointError(f"{path} cannot be loaded: {first}") from error

@@ -19,7 +19,6 @@ from minitron.models.hf_import import import_model
 from minitron.models.random_source import write_random_model
 from minitron.prune.run import prune, score
 from minitron.prune.scores import Scores
-
 from minitron.runtime.session import Session
 from minitron.train.run import train_from_scratch
 
@@ -133,7 +132,7 @@ def _baseline(session: Session, out: Path) -> Values:
 
 def _report(session: Session, out: Path) -> Values:
     if session.is_main:
-        from minitron.report import write_report
+        from minitron.report.write import write_report
 
         width = Scores.load(session.run.stage("score"))
         scores = width.for_aggregation(session.config.prune.aggregation)

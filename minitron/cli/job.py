@@ -34,7 +34,7 @@ def run_job(verb: str, config: RunConfig) -> int:
         Exit code.
     """
     check_models(config)
-    resolve_device(config.device)
+    resolve_device(config.device, config.parallel)
     env = dist_env()
     if env is not None:
         check_num_ranks(env, config.parallel)
@@ -142,6 +142,7 @@ def _say_done(planned: list[Planned], run: RunFolder, console: Console) -> None:
 
 def _show_end(run: RunFolder, wanted: list[str], console: Console) -> None:
     if "report" in wanted:
-        from minitron.report import load_report, print_table
+        from minitron.report.data import load_report
+        from minitron.report.table import print_table
 
         print_table(load_report(run.stage("report")), console)

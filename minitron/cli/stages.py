@@ -30,10 +30,18 @@ def stages_of(config: RunConfig) -> list[Stage]:
     evaluations = ["eval_teacher", "eval_pruned", "eval_distilled"]
     return [
         Stage("import", (), _source_values, _action("import"), outside=_model_outside),
-        Stage("data", ("import",), lambda c: _section(c, "data", drop=("num_workers",)), _action("data"), outside=_text_outside),
+        Stage(
+            "data",
+            ("import",),
+            lambda c: _section(c, "data", drop=("num_workers",)),
+            _action("data"),
+            outside=_text_outside,
+        ),
         _eval_stage("teacher"),
         Stage("score", ("import", "data"), _score_values, _action("score")),
-        Stage("prune", ("import", *(["score"] if needs_scores else [])), lambda c: _section(c, "prune"), _action("prune")),
+        Stage(
+            "prune", ("import", *(["score"] if needs_scores else [])), lambda c: _section(c, "prune"), _action("prune")
+        ),
         _eval_stage("pruned"),
         Stage("distill", ("import", "prune", "data"), _distill_values, _action("distill"), resumable=True),
         _eval_stage("distilled"),

@@ -109,6 +109,10 @@ def redirects() -> tuple[Redirect, ...]:
     )
 
 
+_INHERITED = object()
+"""Stands for an attribute that a class has from its base: undoing removes ours, and the base's shows again."""
+
+
 class CpuLayer:
     """Applies the redirects, and undoes them."""
 
@@ -136,7 +140,7 @@ class CpuLayer:
             )
         for redirect in redirects():
             owner = _resolve(redirect.module)
-            self._saved.append((owner, redirect.attribute, getattr(owner, redirect.attribute)))
+            self._saved.append((owner, redirect.attribute, vars(owner).get(redirect.attribute, _INHERITED)))
             setattr(owner, redirect.attribute, redirect.replacement)
         self._mode = CudaToCpu()
         self._mode.__enter__()
@@ -150,7 +154,10 @@ class CpuLayer:
         self._mode = None
         while self._saved:
             owner, attribute, original = self._saved.pop()
-            setattr(owner, attribute, original)
+            if original is _INHERITED:
+                delattr(owner, attribute)
+            else:
+                setattr(owner, attribute, original)
 
     @contextlib.contextmanager
     def in_force(self) -> Iterator[Self]:

@@ -53,7 +53,7 @@ def compose_run(overrides: Sequence[str]) -> RunConfig:
             run = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(RunConfig), values))
         except MinitronError:
             raise
-        except (HydraException, OmegaConfBaseException) as error:
+        except (HydraException, OmegaConfBaseException, ValueError) as error:  # ValueError: a group set to a number
             _raise_in_one_line(error)
     assert isinstance(run, RunConfig)
     validate(run)

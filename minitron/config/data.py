@@ -64,8 +64,7 @@ class DataConfig:
             raise ConfigError("data.text_key is empty: name the key that holds the text")
         if not 0.0 < self.heldout_fraction < 1.0:
             raise ConfigError(
-                f"data.heldout_fraction={self.heldout_fraction} must lie strictly between 0 and 1"
-                ": for example 0.05"
+                f"data.heldout_fraction={self.heldout_fraction} must lie strictly between 0 and 1: for example 0.05"
             )
         for name, value, least in (
             ("seq_length", self.seq_length, 2),

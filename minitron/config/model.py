@@ -1,13 +1,13 @@
 """The numbers that define an architecture, under Megatron's names."""
 
 from dataclasses import asdict, dataclass
-from enum import Enum
+from enum import StrEnum
 from typing import Any, Self
 
 from minitron.errors import LayoutError, ModelError
 
 
-class Architecture(str, Enum):
+class Architecture(StrEnum):
     """Architectures with an axes table (`minitron/models/axes.py`), by their Hugging Face class."""
 
     llama = "LlamaForCausalLM"

@@ -37,11 +37,7 @@ class ParallelConfig:
     @property
     def num_ranks(self) -> int:
         """Processes that the layout needs."""
-        return (
-            self.tensor_model_parallel_size
-            * self.pipeline_model_parallel_size
-            * self.data_parallel_size
-        )
+        return self.tensor_model_parallel_size * self.pipeline_model_parallel_size * self.data_parallel_size
 
     def arithmetic(self) -> str:
         """The product written out, for messages."""

@@ -1,7 +1,7 @@
 """What pruning aims at: the target shape, and how units are ranked."""
 
 from dataclasses import dataclass, replace
-from enum import Enum
+from enum import StrEnum
 
 from minitron.config.model import Architecture, ModelConfig
 from minitron.config.score import Aggregation
@@ -16,7 +16,7 @@ SIZES = (
 )
 
 
-class Ranking(str, Enum):
+class Ranking(StrEnum):
     """How the units of an axis are put in order."""
 
     importance = "importance"

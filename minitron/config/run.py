@@ -1,7 +1,7 @@
 """The root of the configuration: one `RunConfig` holds every section of every verb."""
 
 from dataclasses import dataclass, field
-from enum import Enum
+from enum import StrEnum
 
 from minitron.config.data import DataConfig
 from minitron.config.parallel import ParallelConfig
@@ -11,7 +11,7 @@ from minitron.config.train import TrainConfig
 from minitron.errors import ConfigError
 
 
-class Device(str, Enum):
+class Device(StrEnum):
     """Where tensors live. ``auto`` takes CUDA when there is one."""
 
     auto = "auto"
@@ -19,21 +19,21 @@ class Device(str, Enum):
     cuda = "cuda"
 
 
-class Dtype(str, Enum):
+class Dtype(StrEnum):
     """Number format of weights and activations in training and evaluation."""
 
     fp32 = "fp32"
     bf16 = "bf16"
 
 
-class OnChange(str, Enum):
+class OnChange(StrEnum):
     """What to do with a finished stage whose inputs have changed."""
 
     error = "error"
     rerun = "rerun"
 
 
-class SourceKind(str, Enum):
+class SourceKind(StrEnum):
     """Where the model comes from."""
 
     path = "path"

@@ -1,12 +1,12 @@
 """What the calibration pass measures: which aggregations of which activations."""
 
 from dataclasses import dataclass, field
-from enum import Enum
+from enum import StrEnum
 
 from minitron.errors import ConfigError
 
 
-class Reduction(str, Enum):
+class Reduction(StrEnum):
     """One way to make one number of a list s_1 .. s_n (paper 1, section 2.2)."""
 
     mean = "mean"
@@ -17,7 +17,7 @@ class Reduction(str, Enum):
     """``(1/n) sum (s_i - mean(s))^2``, the mean here being of signed values."""
 
 
-class Aggregation(str, Enum):
+class Aggregation(StrEnum):
     """A pair (batch, sequence) of reductions, in the order of the paper's Table 13.
 
     The sequence reduction makes one number per sample; the batch reduction then makes one number of
@@ -45,7 +45,7 @@ class Aggregation(str, Enum):
         return Reduction(self.value.split("_")[1])
 
 
-class HeadNorm(str, Enum):
+class HeadNorm(StrEnum):
     """Where the L2 norm over the channels of one head is taken.
 
     ``token`` is paper 1's formula: the norm of each token's head output, then the aggregation.

@@ -36,9 +36,7 @@ class _SplitWriter:
 
     def finish(self) -> SplitSummary:
         self._builder.finalize(str(self._idx_path))
-        return SplitSummary(
-            num_documents=self.num_documents, num_tokens=self.num_tokens, num_bytes=self.num_bytes
-        )
+        return SplitSummary(num_documents=self.num_documents, num_tokens=self.num_tokens, num_bytes=self.num_bytes)
 
 
 def build_dataset(
@@ -67,9 +65,7 @@ def build_dataset(
         ModelError: the tokenizer cannot be used or does not fit the model.
         PlatformError: a tokenizing process died.
     """
-    spec = load_tokenizer_spec(
-        tokenizer_dir, vocab_size=vocab_size, parse_special_tokens=cfg.parse_special_tokens
-    )
+    spec = load_tokenizer_spec(tokenizer_dir, vocab_size=vocab_size, parse_special_tokens=cfg.parse_special_tokens)
     fingerprint = source_fingerprint(cfg)
     out_dir.mkdir(parents=True, exist_ok=True)
     (out_dir / SUMMARY_NAME).unlink(missing_ok=True)
@@ -88,9 +84,7 @@ def build_dataset(
 
     splits = {split: writer.finish() for split, writer in writers.items()}
     for split, size in splits.items():
-        check_tokens(
-            str(out_dir), split, size.num_tokens, num_sequences=1, seq_length=cfg.seq_length
-        )
+        check_tokens(str(out_dir), split, size.num_tokens, num_sequences=1, seq_length=cfg.seq_length)
     summary = DatasetSummary(
         train=splits[Split.train],
         heldout=splits[Split.heldout],

@@ -161,10 +161,7 @@ def heldout_batches(
     available = require_tokens(data_dir, Split.heldout, num_sequences=1, seq_length=seq_length)
     if max_tokens is not None:
         if max_tokens < seq_length:
-            raise ConfigError(
-                f"max_tokens={max_tokens} is less than one sequence of seq_length={seq_length}: "
-                "raise it"
-            )
+            raise ConfigError(f"max_tokens={max_tokens} is less than one sequence of seq_length={seq_length}: raise it")
         available = min(available, max_tokens // seq_length)
     tokens, summary = open_split(data_dir, Split.heldout)
     return FixedBatches(

@@ -55,9 +55,7 @@ def _walk(folder: Path, root: Path) -> Iterator[tuple[str, Path]]:
                 if entry.name not in _SKIPPED_FOLDERS and not entry.name.startswith("."):
                     yield from _walk(Path(entry.path), root)
             elif (
-                _is_wanted(entry.name)
-                and entry.is_file()
-                and MIN_FILE_BYTES <= entry.stat().st_size <= MAX_FILE_BYTES
+                _is_wanted(entry.name) and entry.is_file() and MIN_FILE_BYTES <= entry.stat().st_size <= MAX_FILE_BYTES
             ):
                 path = Path(entry.path)
                 yield path.relative_to(root).as_posix(), path

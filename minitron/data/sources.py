@@ -150,9 +150,7 @@ def _jsonl_text(line: bytes, where: str, text_key: str) -> str:
         record = json.loads(line)
     except ValueError as error:  # JSONDecodeError and UnicodeDecodeError
         reason = str(error).replace("\n", " ")
-        raise DataError(
-            f"{where}: not a line of JSON in UTF-8 ({reason}): mend or remove it"
-        ) from error
+        raise DataError(f"{where}: not a line of JSON in UTF-8 ({reason}): mend or remove it") from error
     if not isinstance(record, dict):
         raise DataError(
             f"{where}: a JSON {type(record).__name__}, not an object: each line must be an object "
@@ -180,9 +178,7 @@ def _iter_parquet(path: Path, text_key: str) -> Iterator[tuple[str, str]]:
                         yield where, _checked_text(value, where, text_key)
     except (pa.ArrowException, OSError) as error:
         reason = str(error).partition("\n")[0]
-        raise DataError(
-            f"{path}: not a readable parquet file ({reason}): fetch or write it again"
-        ) from error
+        raise DataError(f"{path}: not a readable parquet file ({reason}): fetch or write it again") from error
 
 
 def _checked_text(value: Any, where: str, text_key: str) -> str:
@@ -196,8 +192,7 @@ def _checked_text(value: Any, where: str, text_key: str) -> str:
 
 def _missing_key(where: str, text_key: str, present: list[str]) -> DataError:
     return DataError(
-        f"{where}: no key {text_key!r}; the keys are {', '.join(present) or 'none'}: set "
-        "data.text_key to one of them"
+        f"{where}: no key {text_key!r}; the keys are {', '.join(present) or 'none'}: set data.text_key to one of them"
     )
 
 

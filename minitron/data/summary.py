@@ -92,15 +92,11 @@ def require_tokens(data_dir: Path, split: Split, *, num_sequences: int, seq_leng
     return num_whole_sequences(present, seq_length)
 
 
-def check_tokens(
-    where: str, split: Split, num_tokens: int, *, num_sequences: int, seq_length: int
-) -> None:
+def check_tokens(where: str, split: Split, num_tokens: int, *, num_sequences: int, seq_length: int) -> None:
     """Raise the DataError of ``require_tokens`` for a known number of tokens."""
     needed = num_sequences * seq_length + 1  # the last label is one further on
     if num_tokens < needed:
-        change = (
-            "give more text" if split is Split.train else "give more text, raise heldout_fraction"
-        )
+        change = "give more text" if split is Split.train else "give more text, raise heldout_fraction"
         raise DataError(
             f"{where}: split '{split}' has {num_tokens} tokens but {num_sequences} sequences x "
             f"{seq_length} tokens + 1 = {needed} are needed: {change}, or lower seq_length or the "

@@ -51,9 +51,7 @@ class TokenizerSpec:
         return hashlib.sha256(key.encode()).hexdigest()
 
 
-def load_tokenizer_spec(
-    tokenizer_dir: Path, *, vocab_size: int, parse_special_tokens: bool
-) -> TokenizerSpec:
+def load_tokenizer_spec(tokenizer_dir: Path, *, vocab_size: int, parse_special_tokens: bool) -> TokenizerSpec:
     """Read a Hugging Face tokenizer from a local folder and check that it fits the model.
 
     Raises:
@@ -65,9 +63,7 @@ def load_tokenizer_spec(
     if not tokenizer_dir.is_dir():
         raise ModelError(f"{tokenizer_dir}: no such folder: name the folder of the tokenizer")
     try:
-        tokenizer = AutoTokenizer.from_pretrained(
-            str(tokenizer_dir), local_files_only=True, trust_remote_code=False
-        )
+        tokenizer = AutoTokenizer.from_pretrained(str(tokenizer_dir), local_files_only=True, trust_remote_code=False)
     except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
         reason = str(error).strip().partition("\n")[0]
         raise ModelError(
@@ -76,8 +72,7 @@ def load_tokenizer_spec(
         ) from error
     if not tokenizer.is_fast:
         raise ModelError(
-            f"{tokenizer_dir}: {type(tokenizer).__name__} has no fast version: convert it to a "
-            "tokenizer.json"
+            f"{tokenizer_dir}: {type(tokenizer).__name__} has no fast version: convert it to a tokenizer.json"
         )
     if tokenizer.eos_token_id is None:
         raise ModelError(
@@ -112,10 +107,7 @@ class Encoder:
     def __call__(self, texts: Sequence[str]) -> list[Ids]:
         """Return one array of ids per text."""
         encode = self._tokenizer.encode
-        return [
-            np.array([*encode(text, add_special_tokens=False).ids, self._eos_id], dtype=np.int32)
-            for text in texts
-        ]
+        return [np.array([*encode(text, add_special_tokens=False).ids, self._eos_id], dtype=np.int32) for text in texts]
 
 
 def encode_documents(
@@ -147,11 +139,10 @@ def encode_documents(
                 yield _finish(*pending.popleft())
         except BrokenProcessPool as error:
             raise PlatformError(
-                f"one of the {num_workers} tokenizing processes died (out of memory?): lower "
-                "data.num_workers"
+                f"one of the {num_workers} tokenizing processes died (out of memory?): lower data.num_workers"
             ) from error
         finally:
-            pool.shutdown(wait=False, cancel_futures=True)
+            pool.shutdown(wait=True, cancel_futures=True)  # on an error too: do not encode the rest
 
 
 def _finish(batch: list[Document], future: Future[list[Ids]]) -> list[tuple[Document, Ids]]:

@@ -69,12 +69,8 @@ class ForwardKL:
         """Mean divergence per token."""
         assert isinstance(signal, FinalState)
         split = self.sequence_parallel
-        hidden_TH, weights_T = loss_inputs(
-            state.hidden_SBH, batch, self.groups, sequence_parallel=split
-        )
-        teacher_TH, _ = loss_inputs(
-            signal.hidden_SBH, batch, self.groups, sequence_parallel=split
-        )
+        hidden_TH, weights_T = loss_inputs(state.hidden_SBH, batch, self.groups, sequence_parallel=split)
+        teacher_TH, _ = loss_inputs(signal.hidden_SBH, batch, self.groups, sequence_parallel=split)
         total = linear_kl(
             hidden_TH,
             state.weight_vH,

@@ -82,9 +82,7 @@ def greedy_tokens(
     tokens = list(prompt)
     device = next(gpt.parameters()).device
     for _ in range(num_tokens):
-        logits = model_logits(
-            gpt, torch.tensor([tokens], device=device), groups, vocab_size=vocab_size, last_only=True
-        )
+        logits = model_logits(gpt, torch.tensor([tokens], device=device), groups, vocab_size=vocab_size, last_only=True)
         tokens.append(int(logits[0, -1].argmax()))
         if tokens[-1] == stop:
             break

@@ -57,7 +57,9 @@ def evaluate(session: Session, *, name: str, model: Path, data: Path, out: Path)
     num_tokens = sum(part.num_tokens for part in parts)
     total = HeldoutLoss(sum(part.loss * part.num_tokens for part in parts) / num_tokens, num_tokens)
     if not math.isfinite(total.loss):
-        raise NumericsError(f"{name}: held-out loss is {total.loss}; evaluate with precision.dtype=fp32 to find out why")
+        raise NumericsError(
+            f"{name}: held-out loss is {total.loss}; evaluate with precision.dtype=fp32 to find out why"
+        )
 
     tokenizer = AutoTokenizer.from_pretrained(str(side_dir(model)), local_files_only=True)
     added = greedy_tokens(

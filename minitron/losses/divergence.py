@@ -62,7 +62,8 @@ def forward_kl(
     if grad_Cv is not None:
         student_scale_C = weight_C * (student_max_C - student.max_C).exp() / student_sum_C
         teacher_scale_C = weight_C * (teacher_max_C - teacher.max_C).exp() / teacher_sum_C
-        grad_Cv.mul_(student_scale_C[:, None]).addcmul_(teacher_exp_Cv, teacher_scale_C[:, None], value=-1)
+        # Two rounded products, not addcmul's fused one: where q = p the gradient is exactly zero.
+        grad_Cv.mul_(student_scale_C[:, None]).sub_(teacher_exp_Cv.mul_(teacher_scale_C[:, None]))
     log_ratio_C = (student.max_C - teacher.max_C) + (student_sum_C.log() - teacher_sum_C.log())
     return dot_C / teacher_sum_C + log_ratio_C
 

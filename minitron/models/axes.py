@@ -9,7 +9,7 @@ counting. A new architecture is a new `ArchitectureTable`, not new code in four 
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from enum import Enum
+from enum import StrEnum
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,7 +19,7 @@ from minitron.config.model import Architecture, ModelConfig
 Indices = NDArray[np.int64]
 
 
-class Axis(str, Enum):
+class Axis(StrEnum):
     """What the units along a dimension are; a unit is what pruning keeps or drops."""
 
     layer = "layer"
@@ -30,7 +30,7 @@ class Axis(str, Enum):
     vocab = "vocab"
 
 
-class Dim(str, Enum):
+class Dim(StrEnum):
     """How one dimension of a parameter is laid out, as runs of units (see `runs`)."""
 
     hidden = "hidden"
@@ -283,9 +283,7 @@ def _range(count: int) -> Indices:
     return np.arange(count, dtype=np.int64)
 
 
-def _positions(
-    dim: Dim, model: ModelConfig, select: Callable[[Run], Indices | None]
-) -> Indices:
+def _positions(dim: Dim, model: ModelConfig, select: Callable[[Run], Indices | None]) -> Indices:
     """Row numbers of the selected units of every run, run after run."""
     found: list[Indices] = []
     start = 0

@@ -94,15 +94,11 @@ def forward_to_final_state(gpt: torch.nn.Module, batch: Batch) -> Tensor | Final
     Returns:
         The hidden state to send on [S, B, H]; on the last stage a `FinalState`.
     """
-    output: Tensor | FinalState = gpt(
-        batch.tokens_BS, batch.position_ids_BS, None, output_processor=_final_state
-    )
+    output: Tensor | FinalState = gpt(batch.tokens_BS, batch.position_ids_BS, None, output_processor=_final_state)
     return output
 
 
-def _final_state(
-    *, hidden_states: Tensor, output_layer: Any, output_weight: Tensor | None, **_: object
-) -> FinalState:
+def _final_state(*, hidden_states: Tensor, output_layer: Any, output_weight: Tensor | None, **_: object) -> FinalState:
     """Megatron's hook in place of the output layer."""
     weight = output_layer.weight if output_weight is None else output_weight
     return FinalState(hidden_SBH=hidden_states, weight_vH=weight)

@@ -159,6 +159,8 @@ def _write_shard(
     try:
         with disk_errors(file):
             save_file(held, file, metadata={"format": "pt"})
+            # safetensors makes its files for the owner alone; the others in the folder are not.
+            file.chmod((file.parent / "config.json").stat().st_mode)
     except SafetensorError as error:  # what a full disk looks like through safetensors
         raise ArtefactError(f"cannot write {file}: {error}") from error
 

@@ -1,5 +1,6 @@
 """Build a model for this rank and fill it from a checkpoint folder."""
 
+from dataclasses import replace
 from pathlib import Path
 
 from megatron.core.models.gpt.gpt_model import GPTModel
@@ -31,9 +32,12 @@ def load_gpt(
         CheckpointError: The folder is not a complete checkpoint.
     """
     model = read_model_config(folder)
+    parallel = session.config.parallel
+    if local_spec:  # Megatron's own norms refuse sequence parallelism; weights and results are the same without
+        parallel = replace(parallel, sequence_parallel=False)
     gpt = build_gpt(
         model,
-        session.config.parallel,
+        parallel,
         precision or session.config.precision,
         session.groups,
         device=session.device,

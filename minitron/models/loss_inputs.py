@@ -10,9 +10,7 @@ from minitron.data.batch import Batch
 from minitron.parallel.groups import Groups
 
 
-def loss_inputs(
-    hidden_SBH: Tensor, batch: Batch, groups: Groups, *, sequence_parallel: bool
-) -> tuple[Tensor, Tensor]:
+def loss_inputs(hidden_SBH: Tensor, batch: Batch, groups: Groups, *, sequence_parallel: bool) -> tuple[Tensor, Tensor]:
     """Flatten a hidden state to tokens, and weigh them so that their losses sum to a mean per token.
 
     The fused losses return this rank's partial gradient of the hidden state (its slice of the vocabulary).
@@ -30,9 +28,7 @@ def loss_inputs(
         micro-batch's unmasked tokens (all zero where every sequence only fills up the batch).
     """
     if sequence_parallel:
-        hidden_SBH = gather_from_sequence_parallel_region(
-            hidden_SBH, tensor_parallel_output_grad=True, group=groups.tp
-        )
+        hidden_SBH = gather_from_sequence_parallel_region(hidden_SBH, tensor_parallel_output_grad=True, group=groups.tp)
     else:
         hidden_SBH = copy_to_tensor_model_parallel_region(hidden_SBH, group=groups.tp)
     sequence, size, width = hidden_SBH.shape

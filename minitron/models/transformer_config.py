@@ -92,9 +92,7 @@ def check_rope(model: ModelConfig) -> None:
         if getattr(model.rope_scaling, name) != value
     }
     if other:
-        raise ModelError(
-            f"llama3 rotary scaling with {other} cannot be run: Megatron-Core fixes {_MEGATRON_ROPE}"
-        )
+        raise ModelError(f"llama3 rotary scaling with {other} cannot be run: Megatron-Core fixes {_MEGATRON_ROPE}")
 
 
 def padded_vocab_size(vocab_size: int, tensor_model_parallel_size: int) -> int:

@@ -1,7 +1,5 @@
-"""The report at the end of a run: numbers, table, plots and one HTML page, read from the artefacts."""
+"""The report at the end of a run: numbers, table, plots and one HTML page, read from the artefacts.
 
-from minitron.report.data import ReportData, load_report
-from minitron.report.table import print_table
-from minitron.report.write import write_report
-
-__all__ = ["ReportData", "load_report", "print_table", "write_report"]
+Entry points: `write.write_report`, `data.load_report`, `table.print_table`. The last two do not import torch, so a
+finished run's table is there at once.
+"""

@@ -83,8 +83,8 @@ def collect(run_dir: Path) -> ReportData:
     metas = _metas(run_dir)
     shapes = {role: read_model_config(run_dir / stage) for role, (stage, _) in _MODELS.items() if stage in metas}
     models = _model_results(run_dir, shapes)
-    distill = _curve(run_dir / "distill", metas["distill"])
-    baseline = _curve(run_dir / "baseline", metas["baseline"]) if "baseline" in metas else None
+    distill = _curve(run_dir / "distill")
+    baseline = _curve(run_dir / "baseline") if "baseline" in metas else None
     data = load_summary(run_dir / "data")
     same_training, training_notes = _compare_training(metas, distill, baseline)
     return ReportData(
@@ -139,9 +139,7 @@ def _metas(run_dir: Path) -> Metas:
                 f"or `minitron compress name={run_dir.name}`, which runs all that is missing"
             )
     has_control = all(found[stage] is not None for stage in _CONTROL)
-    return {
-        stage: meta for stage, meta in found.items() if meta is not None and (has_control or stage not in _CONTROL)
-    }
+    return {stage: meta for stage, meta in found.items() if meta is not None and (has_control or stage not in _CONTROL)}
 
 
 def _model_results(run_dir: Path, shapes: dict[Role, ModelConfig]) -> list[ModelResult]:
@@ -169,7 +167,7 @@ def _read_eval(folder: Path) -> dict[str, Any]:
         raise _unreadable(path, folder.name, error) from error
 
 
-def _curve(folder: Path, meta: dict[str, Any]) -> TrainingCurve:
+def _curve(folder: Path) -> TrainingCurve:
     records = read_metrics(folder)
     path = folder / METRICS_FILE
     if not records:
@@ -184,7 +182,6 @@ def _curve(folder: Path, meta: dict[str, Any]) -> TrainingCurve:
             loss=[float(r["loss"]) for r in records],
             heldout_tokens=[int(r["tokens"]) for r in validated],
             heldout_loss=[float(r["heldout_loss"]) for r in validated],
-            heldout_size=meta["values"].get(_TRAIN_PREFIX + "eval_tokens"),
             tokens_per_s=statistics.median(speeds) if speeds else None,
         )
     except KeyError as error:

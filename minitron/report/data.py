@@ -2,7 +2,7 @@
 
 import json
 from dataclasses import asdict, dataclass
-from enum import Enum
+from enum import StrEnum
 from pathlib import Path
 from typing import Any, Self
 
@@ -15,7 +15,7 @@ JSON_FILE = "report.json"
 HTML_FILE = "report.html"
 
 
-class Role(str, Enum):
+class Role(StrEnum):
     """The models of a run, in the order of the table."""
 
     teacher = "teacher"
@@ -71,7 +71,6 @@ class TrainingCurve:
         loss: The objective there, nats per token.
         heldout_tokens: Tokens trained on at each validation.
         heldout_loss: Held-out cross-entropy there, nats per token.
-        heldout_size: Held-out tokens of one validation, None if not recorded.
         tokens_per_s: Median speed, None if not recorded.
     """
 
@@ -80,7 +79,6 @@ class TrainingCurve:
     loss: list[float]
     heldout_tokens: list[int]
     heldout_loss: list[float]
-    heldout_size: int | None
     tokens_per_s: float | None
 
 

@@ -24,12 +24,18 @@ def perplexity(value: float) -> str:
 
 def share(value: float | None) -> str:
     """A share in percent, or a dash."""
-    return "-" if value is None else f"{100 * value:.1f} %"
+    if value is None:
+        return "-"
+    percent = 100 * value
+    if abs(percent) < 1000:
+        return f"{percent:.1f} %"
+    return f"{percent:,.0f} %" if abs(percent) < 1e5 else f"{power(percent)} %"
 
 
 def power(value: float) -> str:
     """A large number in powers of ten: ``1.23e15``."""
-    return f"{value:.2e}".replace("e+", "e")
+    digits, _, exponent = f"{value:.2e}".partition("e")
+    return f"{digits}e{int(exponent)}"
 
 
 def duration(seconds: float) -> str:
@@ -47,5 +53,6 @@ def size(num_bytes: float) -> str:
     """A file size in units of 10^3 bytes: ``269 MB``."""
     for unit_size, unit in ((1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
         if num_bytes >= unit_size:
-            return f"{num_bytes / unit_size:.3g} {unit}" if num_bytes < 1000 * unit_size else f"{num_bytes:.3g} B"
+            scaled = num_bytes / unit_size
+            return f"{scaled:.0f} {unit}" if scaled >= 100 else f"{scaled:.1f} {unit}"
     return f"{num_bytes:.0f} B"

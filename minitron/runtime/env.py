@@ -29,9 +29,7 @@ def dist_env(environ: Mapping[str, str] | None = None) -> DistEnv | None:
         return None
     missing = [name for name in names if name not in found]
     if missing:
-        raise PlatformError(
-            f"{', '.join(found)} set but {', '.join(missing)} not; start with torchrun, or unset them"
-        )
+        raise PlatformError(f"{', '.join(found)} set but {', '.join(missing)} not; start with torchrun, or unset them")
     try:
         rank, world_size, local_rank = (int(found[name]) for name in names)
     except ValueError as error:

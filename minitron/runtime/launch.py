@@ -5,6 +5,7 @@ import sys
 import uuid
 from pathlib import Path
 
+from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
@@ -42,5 +43,10 @@ def launch_local(resolved: Path, stages: list[str], *, num_ranks: int) -> int:
     except ChildFailedError as error:
         failures = sorted(error.failures.values(), key=lambda failure: failure.timestamp)
         code = failures[0].exitcode
+        if code < 0:
+            print(f"error: rank {failures[0].local_rank} was killed by signal {-code}", file=sys.stderr)
         return code if code > 0 else 128 - code
+    except SignalException as error:
+        print("stopped; what is done is kept, the same command goes on from there", file=sys.stderr)
+        return 128 + int(error.sigval)
     return 0

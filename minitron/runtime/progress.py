@@ -70,9 +70,7 @@ class StageProgress:
         if self._live is not None:
             self._live.stop()
 
-    def update(
-        self, done: int, total: int, *, loss: float | None = None, tokens_per_s: float | None = None
-    ) -> None:
+    def update(self, done: int, total: int, *, loss: float | None = None, tokens_per_s: float | None = None) -> None:
         """Report where the stage is.
 
         Args:

@@ -109,9 +109,7 @@ def _logged(output: StepOutput, job: TrainJob) -> dict[str, float]:
         torch.distributed.all_reduce(values, group=job.groups.dp)
         values /= job.groups.dp.size()
         shared = [dict(zip(names, values.tolist(), strict=True))]
-    torch.distributed.broadcast_object_list(
-        shared, src=job.groups.last_stage_source, group=job.groups.pp
-    )
+    torch.distributed.broadcast_object_list(shared, src=job.groups.last_stage_source, group=job.groups.pp)
     terms = shared[0]
     assert isinstance(terms, dict)
     return {**terms, "grad_norm": output.grad_norm}

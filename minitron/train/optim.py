@@ -42,9 +42,7 @@ class Trainable:
         return float(self.optimizer.param_groups[0]["lr"])
 
 
-def make_trainable(
-    gpt: GPTModel, train: TrainConfig, groups: Groups, *, seq_length: int
-) -> Trainable:
+def make_trainable(gpt: GPTModel, train: TrainConfig, groups: Groups, *, seq_length: int) -> Trainable:
     """Wrap a model for training.
 
     Args:
@@ -56,9 +54,7 @@ def make_trainable(
     config = gpt.config
     ddp = DistributedDataParallel(
         config=config,
-        ddp_config=DistributedDataParallelConfig(
-            use_distributed_optimizer=True, grad_reduce_in_fp32=True
-        ),
+        ddp_config=DistributedDataParallelConfig(use_distributed_optimizer=True, grad_reduce_in_fp32=True),
         module=gpt,
         pg_collection=groups.collection,
     )
@@ -80,15 +76,11 @@ def make_trainable(
         use_gloo_process_groups=False,
         pg_collection=groups.collection,
     )
-    config.finalize_model_grads_func = partial(
-        finalize_model_grads, pg_collection=groups.collection
-    )
+    config.finalize_model_grads_func = partial(finalize_model_grads, pg_collection=groups.collection)
     return Trainable(ddp, optimizer, _scheduler(optimizer, train, seq_length), config)
 
 
-def _scheduler(
-    optimizer: MegatronOptimizer, train: TrainConfig, seq_length: int
-) -> OptimizerParamScheduler:
+def _scheduler(optimizer: MegatronOptimizer, train: TrainConfig, seq_length: int) -> OptimizerParamScheduler:
     """Linear warm-up to ``lr``, then a cosine that reaches ``min_lr`` at the last step."""
     steps = train.num_steps(seq_length)
     scheduler = OptimizerParamScheduler(

@@ -112,8 +112,6 @@ def _state_dict(trainable: Trainable, *, is_loading: bool) -> dict[str, Any]:
     model = trainable.gpt.sharded_state_dict()
     return {
         "model": model,
-        "optimizer": trainable.optimizer.sharded_state_dict(
-            model, is_loading=is_loading, metadata=_OPTIMIZER_FORMAT
-        ),
+        "optimizer": trainable.optimizer.sharded_state_dict(model, is_loading=is_loading, metadata=_OPTIMIZER_FORMAT),
         "scheduler": trainable.scheduler.state_dict(),
     }

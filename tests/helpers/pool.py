@@ -113,7 +113,7 @@ class WorkerPool:
                 if not answers[rank][0]:  # its peers may wait for it for ever: grant them a few seconds
                     deadline = min(deadline, time.monotonic() + 5)
         late = f"no answer, killed: {timeout_s} s have passed, or 5 s since another rank failed"
-        answers |= {rank: (False, late) for rank in ranks.values()}
+        answers |= dict.fromkeys(ranks.values(), (False, late))
         if ranks or (False, _DIED) in answers.values():
             self.close()
         return dict(sorted(answers.items()))

@@ -1,5 +1,6 @@
 import hashlib
 import json
+import multiprocessing
 from pathlib import Path
 
 import numpy as np
@@ -96,6 +97,7 @@ def test_workers_and_progress_do_not_change_the_files(
             out_dir=tmp_path / str(workers),
             on_progress=lambda *done, calls=calls: calls.append(done),
         )
+    assert multiprocessing.active_children() == []
     for name in ("train.bin", "train.idx", "heldout.bin", "heldout.idx", "data.json"):
         assert (tmp_path / "1" / name).read_bytes() == (tmp_path / "2" / name).read_bytes(), name
     assert seen[1] == seen[2]

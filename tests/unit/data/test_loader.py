@@ -83,7 +83,7 @@ def test_train_equals_numpy_over_several_epochs(data_dir: Path) -> None:
 def test_train_does_not_depend_on_layout_or_history(data_dir: Path, dp_size: int, micro_batch_size: int) -> None:
     reference = train(data_dir)
     straddling, count = divmod(reference.samples_per_epoch, GLOBAL_BATCH)
-    assert 0 < count
+    assert count > 0
     for step in (3 * straddling, 0, 7, straddling):  # in any order, as after a resume
         expected = rows(reference.microbatches(step))
         per_rank = [

