@@ -42,6 +42,11 @@ def read_model_config(folder: Path) -> ModelConfig:
     return ModelConfig.from_dict(values)
 
 
+def is_checkpoint_folder(folder: Path) -> bool:
+    """Whether a folder is one of ours, and not a Hugging Face folder."""
+    return (folder / MODEL_FILE).is_file()
+
+
 def weights_dir(folder: Path) -> Path:
     """Where the torch_dist checkpoint of a checkpoint folder lies (or is to be written)."""
     return folder / WEIGHTS_DIR

@@ -293,9 +293,11 @@ class CheckpointWriter:
             if self.rank == 0:
                 common = self._append([{}])
             with disk_errors(self.path):
-                self._stream.flush()
-                os.fsync(self._stream.fileno())
-                self._stream.close()
+                try:
+                    self._stream.flush()
+                    os.fsync(self._stream.fileno())
+                finally:
+                    self._stream.close()
         except ArtefactError as caught:
             error = caught
         gathered = self._gather((error, self._boxes), group)

@@ -6,12 +6,13 @@ from typing import Any
 import numpy as np
 import torch
 
-from minitron.checkpoint.folder import read_model_config
+from minitron.checkpoint.folder import is_checkpoint_folder, read_model_config
 from minitron.cli.exporting import export
 from minitron.cli.stages import CHECKPOINT_OF
 from minitron.config.compose import to_yaml
 from minitron.config.run import SourceKind
 from minitron.data.build import build_dataset
+from minitron.data.summary import Split, require_tokens
 from minitron.distill.run import distill
 from minitron.eval.run import check_better_than_chance, evaluate
 from minitron.models.axes import num_embedding_parameters, num_parameters
@@ -53,11 +54,22 @@ def act(stage: str, session: Session, out: Path) -> Values:
 
 def _eval(stage: str, session: Session, out: Path) -> Values:
     which = stage.removeprefix("eval_")
-    model = session.run.stage(CHECKPOINT_OF[which])
+    given = which == "checkpoint"
+    model = _given_checkpoint(session, out) if given else session.run.stage(CHECKPOINT_OF[which])
     result = evaluate(session, name=stage, model=model, data=session.run.stage("data"), out=out)
     if which == "teacher":
         check_better_than_chance(session, result["loss"], read_model_config(model).vocab_size)
     return dict(result)
+
+
+def _given_checkpoint(session: Session, out: Path) -> Path:
+    """The folder that ``eval.checkpoint`` names, imported first when it is a Hugging Face folder."""
+    given = Path(session.config.eval.checkpoint or "")
+    if is_checkpoint_folder(given):
+        return given
+    groups = session.groups
+    import_model(given, out / "imported", rank=groups.world_rank, world_size=groups.world_size)
+    return out / "imported"
 
 
 def _import(session: Session, out: Path) -> Values:
@@ -97,6 +109,11 @@ def _data(session: Session, out: Path) -> Values:
             out_dir=out,
             on_progress=lambda _documents, done: progress.update(done, max(limit, done)),
         )
+    # Now, not when training starts: one global batch, the calibration samples, one held-out sequence.
+    seq_length = session.config.data.seq_length
+    train = max(session.config.distill.train.global_batch_size, session.config.score.num_samples)
+    require_tokens(out, Split.train, num_sequences=train, seq_length=seq_length)
+    require_tokens(out, Split.heldout, num_sequences=1, seq_length=seq_length)
     return {"train_tokens": summary.train.num_tokens, "heldout_tokens": summary.heldout.num_tokens}
 
 

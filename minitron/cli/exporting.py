@@ -91,7 +91,8 @@ def _card(session: Session) -> str:
         if file.exists():
             figures[which] = json.loads(file.read_text(encoding="utf-8"))
     imported, distilled = run.meta("import"), run.meta("distill")
-    assert imported is not None and distilled is not None  # stages that export needs
+    assert imported is not None, "export needs import"
+    assert distilled is not None, "export needs distill"
     return model_card(
         name=session.config.name,
         source=str(imported["summary"]["name"]),

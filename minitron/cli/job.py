@@ -63,7 +63,7 @@ def run_job(verb: str, config: RunConfig) -> int:
 
 def wanted_stages(verb: str, config: RunConfig) -> list[str]:
     """The stages a verb runs."""
-    names = [stage.name for stage in stages_of(config)]
+    names = [stage.name for stage in stages_of(config) if stage.name != "eval_checkpoint"]
     match verb:
         case "compress":
             return names

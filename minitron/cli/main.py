@@ -7,6 +7,7 @@ from pathlib import Path
 
 import minitron
 from minitron.errors import ConfigError, MinitronError
+from minitron.log import complain
 
 VERBS: dict[str, tuple[str, str]] = {
     "compress": ("the whole line, resumable: what is done is skipped", "source, data, prune, distill"),
@@ -67,10 +68,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return _run(args.verb, args.overrides, print_config=args.print_config)
     except MinitronError as error:
-        print(f"error: {error}", file=sys.stderr)
+        complain(f"error: {error}")
         return error.exit_code
     except KeyboardInterrupt:
-        print("interrupted; what is done is kept, the same command goes on from there", file=sys.stderr)
+        complain("interrupted; what is done is kept, the same command goes on from there")
         return 130
 
 

@@ -1,9 +1,11 @@
 """The line: every stage and what its result depends on. Light: what the stages do is in `actions`."""
 
+import hashlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from minitron.checkpoint.folder import is_checkpoint_folder
 from minitron.config.compose import flat_values
 from minitron.config.prune import Ranking
 from minitron.config.run import RunConfig, SourceKind
@@ -53,6 +55,7 @@ def stages_of(config: RunConfig) -> list[Stage]:
             lambda c: {},
             _action("report"),
         ),
+        Stage("eval_checkpoint", ("data",), _eval_values, _action("eval_checkpoint"), outside=_checkpoint_outside),
     ]
 
 
@@ -110,6 +113,20 @@ def _model_outside(config: RunConfig) -> dict[str, str]:
     if config.source.kind is SourceKind.random or config.source.path is None:
         return {}
     return {"model": model_fingerprint(Path(config.source.path))}
+
+
+def _checkpoint_outside(config: RunConfig) -> dict[str, str]:
+    """Content of ``eval.checkpoint``: a Hugging Face folder, or a checkpoint folder of ours."""
+    if config.eval.checkpoint is None:
+        return {}
+    folder = Path(config.eval.checkpoint)
+    if not is_checkpoint_folder(folder):
+        return {"checkpoint": model_fingerprint(folder)}
+    digest = hashlib.sha256()
+    for file in sorted(path for path in folder.rglob("*") if path.is_file()):
+        with file.open("rb") as stream:
+            digest.update(file.name.encode() + hashlib.file_digest(stream, "sha256").digest())
+    return {"checkpoint": digest.hexdigest()}
 
 
 def _text_outside(config: RunConfig) -> dict[str, str]:

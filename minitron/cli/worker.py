@@ -12,6 +12,7 @@ from rich.console import Console
 from minitron.config.compose import load_resolved
 from minitron.config.run import RunConfig
 from minitron.errors import MinitronError, PlatformError
+from minitron.log import complain
 from minitron.runtime.env import DistEnv, dist_env
 
 _OTHER_RANKS_WAIT_S = 5.0
@@ -80,13 +81,14 @@ def report_error(error: MinitronError, *, rank: int) -> None:
     if rank != 0:
         time.sleep(_OTHER_RANKS_WAIT_S)
     where = "" if rank == 0 else f" (rank {rank})"
-    print(f"error{where}: {error}", file=sys.stderr, flush=True)
+    complain(f"error{where}: {error}")
 
 
 def _quiet() -> None:
     """Keep other libraries' notes out of the progress lines."""
     warnings.filterwarnings("ignore", module=r"(torch|megatron|transformers)\b")
     warnings.filterwarnings("ignore", category=FutureWarning)
+    warnings.filterwarnings("ignore", message="The .grad attribute of a Tensor that is not a leaf")  # Megatron's load
     for name in ("megatron", "torch.distributed", "torch.utils.cpp_extension", "transformers", "root"):
         logging.getLogger(name).setLevel(logging.ERROR)
     from transformers.utils import logging as transformers_logging

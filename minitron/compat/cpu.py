@@ -143,14 +143,14 @@ class CpuLayer:
             self._saved.append((owner, redirect.attribute, vars(owner).get(redirect.attribute, _INHERITED)))
             setattr(owner, redirect.attribute, redirect.replacement)
         self._mode = CudaToCpu()
-        self._mode.__enter__()
+        self._mode.__enter__()  # type: ignore[no-untyped-call]
         return self
 
     def undo(self) -> None:
         """Put everything back."""
         if self._mode is None:
             return
-        self._mode.__exit__(None, None, None)
+        self._mode.__exit__(None, None, None)  # type: ignore[no-untyped-call]
         self._mode = None
         while self._saved:
             owner, attribute, original = self._saved.pop()

@@ -70,7 +70,7 @@ def build_gpt(
         post_process=groups.is_last_stage,
         share_embeddings_and_output_weights=model.share_embeddings_and_output_weights,
         position_embedding_type="rope",
-        rotary_base=model.rotary_base,  # type: ignore[arg-type]  # Megatron says int, and computes in float
+        rotary_base=model.rotary_base,  # Megatron says int, and computes in float
         rope_scaling=scaling is not None,
         rope_scaling_factor=scaling.factor if scaling else 1.0,
         pg_collection=groups.collection,

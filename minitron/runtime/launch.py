@@ -9,6 +9,7 @@ from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
+from minitron.log import complain
 from minitron.runtime.env import set_rank_environment
 
 WORKER_MODULE = "minitron.cli.worker"
@@ -44,9 +45,9 @@ def launch_local(resolved: Path, stages: list[str], *, num_ranks: int) -> int:
         failures = sorted(error.failures.values(), key=lambda failure: failure.timestamp)
         code = failures[0].exitcode
         if code < 0:
-            print(f"error: rank {failures[0].local_rank} was killed by signal {-code}", file=sys.stderr)
+            complain(f"error: rank {failures[0].local_rank} was killed by signal {-code}")
         return code if code > 0 else 128 - code
     except SignalException as error:
-        print("stopped; what is done is kept, the same command goes on from there", file=sys.stderr)
+        complain("stopped; what is done is kept, the same command goes on from there")
         return 128 + int(error.sigval)
     return 0

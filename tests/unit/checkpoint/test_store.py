@@ -129,6 +129,8 @@ def test_a_box_outside_the_tensor(tmp_path: Path) -> None:
     for offsets, shape in [((1, 0), (2, 2)), ((-1, 0), (2, 2)), ((0,), (2, 2)), ((0, 0), (2, 1))]:
         with pytest.raises(CheckpointError, match="is not inside"):
             writer.write("w", torch.ones(2, 2), global_shape=shape, offsets=offsets)
+    writer.finish()
+    assert CheckpointReader(tmp_path).tensors == {}
 
 
 def test_two_shapes_or_dtypes_of_one_key(tmp_path: Path) -> None:

@@ -80,20 +80,26 @@ def test_arithmetic_and_number_of_ranks() -> None:
         (
             {},
             {"tensor_model_parallel_size": 8},
-            "student: num_attention_heads=12 does not divide over parallel.tensor_model_parallel_size=8 "
-            "(12 / 8 leaves 4); use a divisor of 12, such as 1, 2, 3, 4, 6, 12",
+            (
+                "student: num_attention_heads=12 does not divide over parallel.tensor_model_parallel_size=8 "
+                "(12 / 8 leaves 4); use a divisor of 12, such as 1, 2, 3, 4, 6, 12"
+            ),
         ),
         (
             {},
             {"tensor_model_parallel_size": 3},
-            "student: num_query_groups=4 does not divide over parallel.tensor_model_parallel_size=3 "
-            "(4 / 3 leaves 1); use a divisor of 4, such as 1, 2, 4",
+            (
+                "student: num_query_groups=4 does not divide over parallel.tensor_model_parallel_size=3 "
+                "(4 / 3 leaves 1); use a divisor of 4, such as 1, 2, 4"
+            ),
         ),
         (
             {"ffn_hidden_size": 97},
             {"tensor_model_parallel_size": 2},
-            "student: ffn_hidden_size=97 does not divide over parallel.tensor_model_parallel_size=2 "
-            "(97 / 2 leaves 1); use a divisor of 97, such as 1",
+            (
+                "student: ffn_hidden_size=97 does not divide over parallel.tensor_model_parallel_size=2 "
+                "(97 / 2 leaves 1); use a divisor of 97, such as 1"
+            ),
         ),
         (
             {},

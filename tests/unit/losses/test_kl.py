@@ -191,13 +191,13 @@ def test_huge_logits_stay_finite() -> None:
 
 
 def test_small_divergence_keeps_its_digits_in_fp32() -> None:
-    """KL of about 1e-5 at logits of about 10; subtracting two entropies in fp32 would leave two digits or none."""
+    """KL of about 1e-5 at logits of about 10; the difference of two entropies in fp32 would be off by percents."""
     generator = torch.Generator().manual_seed(1)
     teacher_TV = 3 * torch.randn(4, 1000, generator=generator) + 10
     student_TV = teacher_TV + 5e-3 * torch.randn(4, 1000, generator=generator)
     want = dense_kl(student_TV, teacher_TV, 1000, torch.ones(4))
     assert 1e-6 < want < 1e-3
-    assert_close(kl_from_logits(student_TV, teacher_TV).double(), want, rtol=5e-2, atol=0)
+    assert_close(kl_from_logits(student_TV, teacher_TV).double(), want, rtol=5e-3, atol=0)
 
 
 def exact_bf16_case() -> Case:
