@@ -5,6 +5,7 @@ none: they move one slice after another, so their memory is bounded by a slice, 
 what was written at any TP x PP x DP.
 """
 
+import contextlib
 import json
 import os
 import pickle
@@ -290,14 +291,11 @@ class CheckpointWriter:
         error: Exception | None = None
         common = (0, 0)
         try:
-            if self.rank == 0:
-                common = self._append([{}])
-            with disk_errors(self.path):
-                try:
-                    self._stream.flush()
-                    os.fsync(self._stream.fileno())
-                finally:
-                    self._stream.close()
+            with disk_errors(self.path), contextlib.closing(self._stream):
+                if self.rank == 0:
+                    common = self._append([{}])
+                self._stream.flush()
+                os.fsync(self._stream.fileno())
         except ArtefactError as caught:
             error = caught
         gathered = self._gather((error, self._boxes), group)

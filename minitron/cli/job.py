@@ -11,7 +11,7 @@ from minitron.config.model import Architecture, ModelConfig
 from minitron.config.parallel import check_layout
 from minitron.config.prune import check_target
 from minitron.config.run import RunConfig, SourceKind
-from minitron.errors import ModelError
+from minitron.errors import ConfigError, ModelError
 from minitron.models.hf_import import inspect_source
 from minitron.pipeline import Planned, plan_stages
 from minitron.runtime.artefact import RunFolder, storage_error
@@ -68,6 +68,8 @@ def wanted_stages(verb: str, config: RunConfig) -> list[str]:
         case "compress":
             return names
         case "train":
+            if not config.baseline.enabled:
+                raise ConfigError("minitron train makes the baseline, but baseline.enabled=false; set it to true")
             return ["baseline"]
         case "eval":
             chosen = ["eval_teacher"]
@@ -105,6 +107,11 @@ def source_model(config: RunConfig) -> ModelConfig:
         assert config.source.path is not None  # checked when composed
         return inspect_source(Path(config.source.path)).model
     shape = config.source.random
+    if shape.num_attention_heads < 1 or shape.hidden_size % shape.num_attention_heads:
+        raise ModelError(
+            f"source.random: hidden_size={shape.hidden_size} is not a multiple of "
+            f"num_attention_heads={shape.num_attention_heads}; change one of the two"
+        )
     return ModelConfig(
         architecture=Architecture.llama,
         num_layers=shape.num_layers,

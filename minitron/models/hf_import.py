@@ -122,11 +122,14 @@ def source_fingerprint(source: Path) -> str:
     """SHA-256 over the names and contents of a source's config, weights and tokenizer files.
 
     Raises:
-        ModelError: As `inspect_source`, but for the tensors' shapes.
+        ModelError: There is no such source, or a folder is incomplete.
     """
-    opened = _open(source)
+    files = [source]
+    if source.suffix != ".gguf" or not source.is_file():  # a GGUF file is slow to open, quick to hash
+        opened = _open(source)
+        files = sorted({*opened.weight_files, *opened.side_files})
     total = hashlib.sha256()
-    for file in sorted({*opened.weight_files, *opened.side_files}):
+    for file in files:
         with file.open("rb") as stream:
             digest = hashlib.file_digest(stream, "sha256")
         total.update(f"{file.name}\0{digest.hexdigest()}\n".encode())

@@ -99,9 +99,11 @@ def head_importance(scores_LN: Floats, kept: Kept) -> Figure:
     look.tidy(axes, "layer", "query head")
     axes.grid(visible=False)
     look.unit_axis(axes, num_layers)
+    axes.set_xlim(-0.5, num_layers - 0.5)
     axes.yaxis.set_major_locator(MaxNLocator(nbins=12, integer=True))
     bar = figure.colorbar(image, ax=axes, pad=0.01)
     bar.set_label("score / highest in layer", fontsize=10)
+    bar.ax.tick_params(labelsize=9)
     look.legend(axes, columns=2)
     return figure
 

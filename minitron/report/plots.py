@@ -57,7 +57,7 @@ def loss_curves(data: ReportData) -> Figure:
     training.set_ylim(bottom=0)
     training.set_xlim(left=0)
     look.token_axis(training)
-    training.legend(fontsize=9, frameon=False, loc="upper right", ncols=2)
+    look.legend(training, columns=2)
     look.legend(heldout, columns=2)
     return figure
 
@@ -103,7 +103,8 @@ def captions(data: ReportData) -> dict[str, str]:
         f"choice holds for the whole network, so that residual connections line up.",
         "importance_ffn": f"Spread of the scores of each layer's {sizes.source.ffn_hidden_size} ffn neurons. "
         "They are ranked within a layer, so levels of different layers need not be compared.",
-        "importance_head": "Scores of the query heads, each relative to the highest in its layer.",
+        "importance_head": "Scores of the query heads, each relative to the highest in its layer. Heads compete inside "
+        f"their query group ({sizes.source.heads_per_group} heads each), for a group shares its keys and values.",
         "stages": "Wall time as each stage recorded it.",
     }
 

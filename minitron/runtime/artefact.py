@@ -82,6 +82,8 @@ class RunFolder:
             return None
         try:
             meta: dict[str, Any] = json.loads((folder / META_FILE).read_text(encoding="utf-8"))
+            if not isinstance(meta, dict) or "digest" not in meta:
+                raise ValueError("it has no digest")
         except (OSError, ValueError) as error:
             raise ArtefactError(
                 f"{folder} is not a finished stage ({META_FILE}: {error}); move it away, or use another name="

@@ -58,6 +58,7 @@ def make_trainable(gpt: GPTModel, train: TrainConfig, groups: Groups, *, seq_len
         module=gpt,
         pg_collection=groups.collection,
     )
+    _count_padding_between_buckets(ddp)
     optimizer = get_megatron_optimizer(
         OptimizerConfig(
             optimizer="adam",
@@ -78,6 +79,19 @@ def make_trainable(gpt: GPTModel, train: TrainConfig, groups: Groups, *, seq_len
     )
     config.finalize_model_grads_func = partial(finalize_model_grads, pg_collection=groups.collection)
     return Trainable(ddp, optimizer, _scheduler(optimizer, train, seq_length), config)
+
+
+def _count_padding_between_buckets(ddp: DistributedDataParallel) -> None:
+    """Let the optimizer's state be saved from where its parameters are.
+
+    Megatron-Core 0.19 joins the buckets' states without the padding at their ends, then cuts the parameters out at
+    positions that count it. A tied embedding on the last pipeline stage has a bucket of its own, so every other state
+    of that stage would be saved shifted when the embedding's size is not a multiple of the padding.
+    """
+    for buffer in ddp.buffers:
+        for bucket in buffer.buckets[:-1]:
+            bucket.numel_unpadded = bucket.grad_data.numel()
+        buffer.numel_unpadded = sum(bucket.numel_unpadded for bucket in buffer.buckets)
 
 
 def _scheduler(optimizer: MegatronOptimizer, train: TrainConfig, seq_length: int) -> OptimizerParamScheduler:

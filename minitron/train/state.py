@@ -59,6 +59,7 @@ def load_state(trainable: Trainable, folder: Path) -> int:
         state = load_sharded(_state_dict(trainable, is_loading=True), path)
         trainable.gpt.load_state_dict(state["model"])
         trainable.optimizer.load_state_dict(state["optimizer"])
+    trainable.scheduler.num_steps = 0  # Megatron adds the loaded steps to those of the fresh schedule
     trainable.scheduler.load_state_dict(state["scheduler"])
     try:
         return int(json.loads((path / "step.json").read_text())["step"])

@@ -159,17 +159,16 @@ def test_smollm2(tmp_path: Path) -> None:
     assert_same_tensors(read_folder(out), by_transformers(file))
 
     ours = model_from_hf_config(json.loads((out / "config.json").read_text()))
-    theirs = AutoConfig.from_pretrained(file.parent, gguf_file=file.name)
-    assert ours.hidden_size == theirs.hidden_size == 576
-    assert ours.kv_channels == theirs.head_dim == 64
-    assert ours.rotary_base == theirs.rope_parameters["rope_theta"] == 1e5
+    assert (ours.num_layers, ours.hidden_size, ours.ffn_hidden_size) == (30, 576, 1536)
+    assert (ours.num_attention_heads, ours.num_query_groups, ours.kv_channels) == (9, 3, 64)
+    assert (ours.rotary_base, ours.layernorm_epsilon) == (1e5, 1e-5)
 
     tokenizer = AutoTokenizer.from_pretrained(out)
-    reference = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
-    for text in ("Hello 1234\n\n\tdef f(x):", "caf\u00e9 \u65e5\u672c <|im_end|>", "  don't  "):
-        ids = tokenizer(text)["input_ids"]
-        assert ids == reference(text)["input_ids"]
-        assert tokenizer.decode(ids) == text
+    text = "Hello world  \n\tdef f(x): return 1234<|im_end|>"
+    ids = tokenizer(text)["input_ids"]
+    assert ids[:5] == [19556, 905, 32057, 197, 1604]
+    assert ids[-5:] == [33, 34, 35, 36, 2]  # digits one by one
+    assert tokenizer.decode(ids) == text
     assert tokenizer.eos_token == tokenizer.pad_token == "<|im_end|>"
     turns = [{"role": "user", "content": "hi"}]
     chat = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
