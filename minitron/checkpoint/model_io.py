@@ -1,5 +1,6 @@
 """Load and save a model's shards through Megatron-Core's sharded checkpoints, at any layout."""
 
+import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -9,8 +10,10 @@ from megatron.core.dist_checkpointing.core import CheckpointingException
 from megatron.core.dist_checkpointing.mapping import ShardedStateDict
 from megatron.core.dist_checkpointing.validation import StrictHandling
 from megatron.core.models.gpt.gpt_model import GPTModel
+from torch.distributed.checkpoint.api import CheckpointException
 
 from minitron.checkpoint.folder import WEIGHTS_DIR, weights_dir
+from minitron.checkpoint.store import CheckpointReader
 from minitron.errors import CheckpointError
 
 
@@ -37,12 +40,17 @@ def save_model(gpt: GPTModel, folder: Path) -> None:
 
 
 def load_sharded(state: ShardedStateDict, path: Path) -> dict[str, Any]:
-    """Load a sharded state dict; a key that is asked for and not there is an error."""
+    """Load a sharded state dict; called by every rank.
+
+    Raises:
+        CheckpointError: The folder or a file is missing or cut short; a key that is asked for is not there, or
+            has another shape.
+    """
+    CheckpointReader(path)  # says in one line what Megatron would say in a traceback a rank
     try:
         loaded: dict[str, Any] = dist_checkpointing.load(state, str(path), strict=StrictHandling.RAISE_UNEXPECTED)
-    except CheckpointingException as error:
-        first = str(error).strip().splitlines()[0]
-        raise CheckpointError(f"{path} cannot be loaded: {first}") from error
+    except (CheckpointingException, CheckpointException) as error:
+        raise CheckpointError(f"{path} cannot be loaded: {_one_line(error)}") from error
     return loaded
 
 
@@ -52,6 +60,13 @@ def save_sharded(state: ShardedStateDict, path: Path) -> None:
         path.mkdir(parents=True, exist_ok=True)
     torch.distributed.barrier()
     dist_checkpointing.save(state, str(path))
+
+
+def _one_line(error: BaseException) -> str:
+    """What went wrong; torch wraps the errors of the ranks in one that is no `Exception`."""
+    while isinstance(error, CheckpointException) and error.failures:
+        error = next(iter(error.failures.values()))[0]
+    return textwrap.shorten(str(error) or type(error).__name__, 300, placeholder=" ...")
 
 
 def _weights_only(state: ShardedStateDict) -> ShardedStateDict:

@@ -24,6 +24,11 @@ from minitron.errors import DataError
 
 Index = npt.NDArray[np.integer]
 
+# Megatron's .idx: magic, version, dtype and two counts, then the arrays; the last one has a zero in front.
+INDEX_MAGIC = b"MMIDIDX\0\0"
+INDEX_HEAD_BYTES = len(INDEX_MAGIC) + 8 + 1 + 8 + 8 + 8
+INDEX_DOCUMENT_BYTES = 4 + 8 + 8  # length, first byte, number of the sequence after it
+
 
 class _TokenizerFacts:
     """The part of a tokenizer that ``GPTDataset`` looks at. No pad id: sequences are full."""
@@ -107,8 +112,21 @@ def open_split(data_dir: Path, split: Split) -> tuple[IndexedDataset, DatasetSum
             f"{prefix}.bin: {on_disk} bytes but data.json counts {size.num_tokens} tokens of "
             f"{summary.dtype} = {num_bytes} bytes: run `minitron data` again"
         )
+    _check_index(prefix.with_suffix(".idx"), size.num_documents)
     tokens = IndexedDataset(str(prefix), multimodal=False, mmap=True)
     return tokens, summary
+
+
+def _check_index(path: Path, num_documents: int) -> None:
+    """Find what Megatron's reader would only trip over: the size follows from the number of documents."""
+    expected = INDEX_HEAD_BYTES + num_documents * INDEX_DOCUMENT_BYTES
+    with path.open("rb") as stream:
+        head = stream.read(len(INDEX_MAGIC))
+    if head != INDEX_MAGIC or path.stat().st_size != expected:
+        raise DataError(
+            f"{path}: {path.stat().st_size} bytes, not an index of {num_documents} documents "
+            f"({expected} bytes): run `minitron data` again"
+        )
 
 
 def _random_state(seed: int, epoch: int) -> np.random.RandomState:

@@ -1,6 +1,8 @@
 """A stage, the identities of a list of stages, and running what is not done yet."""
 
+import contextlib
 import errno
+import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -8,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch.distributed.checkpoint.api import CheckpointException
 
 from minitron.config.run import RunConfig
 from minitron.errors import ArtefactError, MinitronError
@@ -16,6 +19,9 @@ from minitron.runtime.environment import environment
 
 if TYPE_CHECKING:  # a session brings Megatron-Core with it, which planning does not need
     from minitron.runtime.session import Session
+
+
+_PROBE_BYTES = 1 << 20
 
 
 def _nothing(_config: RunConfig) -> dict[str, str]:
@@ -144,8 +150,8 @@ def _run_stage(item: Planned, session: "Session") -> dict[str, Any]:
         torch.distributed.barrier()
     except MinitronError:
         raise
-    except Exception as error:
-        refused = _storage_cause(error)
+    except (Exception, CheckpointException) as error:  # the latter is a BaseException
+        refused = _storage_cause(error) or _refused_now(error, partial)
         if refused is None:
             raise
         raise storage_error(refused, partial) from error
@@ -158,6 +164,25 @@ def _storage_cause(error: BaseException | None) -> OSError | None:
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES):
             return error
         error = error.__cause__ or error.__context__
+    return None
+
+
+def _refused_now(error: BaseException, folder: Path) -> OSError | None:
+    """The same where the error number was lost: Megatron's writer passes on neither number nor message."""
+    writing = isinstance(error, CheckpointException) or "PytorchStreamWriter" in str(error)
+    if not writing:
+        return None
+    probe = folder / f".probe-{os.getpid()}"
+    try:
+        with probe.open("wb") as file:
+            file.write(bytes(_PROBE_BYTES))
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as refused:
+        return _storage_cause(refused)
+    finally:
+        with contextlib.suppress(OSError):
+            probe.unlink()
     return None
 
 

@@ -82,3 +82,18 @@ def write_boxes(out: Path, whole: torch.Tensor, *, leave_hole: bool = False) -> 
     except CheckpointError as error:
         return str(error)
     return ""
+
+
+def load_error(folder: Path, parallel: ParallelConfig) -> str:
+    """What is said when a checkpoint folder cannot be loaded; nothing when it can."""
+    model = read_model_config(folder)
+    CPU_LAYER.apply()
+    try:
+        with model_parallel(parallel, seed=1) as groups:
+            gpt = build_gpt(model, parallel, PrecisionConfig(), groups, device=Device.cpu)
+            load_model(gpt, folder)
+    except CheckpointError as error:
+        return str(error)
+    finally:
+        CPU_LAYER.undo()
+    return ""

@@ -6,13 +6,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 from megatron.core.datasets.indexed_dataset import IndexedDataset
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, ByT5Tokenizer
 
 from minitron.config.data import DataConfig, DataSource
 from minitron.data.build import build_dataset
 from minitron.data.sources import source_fingerprint
 from minitron.data.summary import Split, load_summary, require_tokens
-from minitron.errors import DataError, ModelError
+from minitron.errors import DataError, ModelError, PlatformError
+from tests.unit.data.workers import die
 
 from .conftest import EOS, VOCAB_SIZE, Build, make_text, save_tokenizer
 
@@ -120,11 +121,13 @@ def test_tokenizer_errors(tmp_path: Path, tokenizer_dir: Path) -> None:
     path = write_corpus(tmp_path / "a.jsonl", [make_text(n, 30) for n in range(40)])
     (tmp_path / "empty").mkdir()
     no_eos = save_tokenizer(tmp_path / "no_eos")
+    ByT5Tokenizer().save_pretrained(tmp_path / "slow")
     ids = len(AutoTokenizer.from_pretrained(tokenizer_dir))
     too_large = rf"largest id {ids - 1} needs a vocabulary of {ids} but .* vocab_size is {ids - 1}:"
     for folder, vocab_size, message in (
         (tokenizer_dir, ids - 1, too_large),
         (no_eos, VOCAB_SIZE, r"no_eos: the tokenizer has no end-of-sequence token .* set eos_token"),
+        (tmp_path / "slow", VOCAB_SIZE, r"slow: ByT5Tokenizer has no fast version: convert it"),
         (tmp_path / "no", VOCAB_SIZE, r"/no: no such folder"),
         (tmp_path / "empty", VOCAB_SIZE, r"empty: no tokenizer that transformers can load"),
     ):
@@ -133,6 +136,15 @@ def test_tokenizer_errors(tmp_path: Path, tokenizer_dir: Path) -> None:
             build_dataset(cfg, tokenizer_dir=folder, vocab_size=vocab_size, out_dir=tmp_path / "out")
         assert "\n" not in str(caught.value)
     assert not (tmp_path / "out").exists()
+
+
+def test_a_process_that_dies_is_said(tmp_path: Path, build: Build, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("minitron.data.tokenize._encode_in_worker", die)
+    path = write_corpus(tmp_path / "a.jsonl", [make_text(n, 30) for n in range(40)])
+    with pytest.raises(PlatformError, match=r"one of the 2 tokenizing processes died .*: lower data.num_workers"):
+        build(tmp_path / "out", path, num_workers=2)
+    assert multiprocessing.active_children() == []
+    assert not (tmp_path / "out" / "data.json").exists()
 
 
 def test_too_few_tokens(tmp_path: Path, build: Build) -> None:

@@ -213,3 +213,21 @@ def test_damaged_folder_is_found(data_dir: Path, tmp_path: Path) -> None:
     (tmp_path / "train.bin").unlink()
     with pytest.raises(DataError, match=r"train.bin: no such file: run `minitron data` again"):
         train(tmp_path)
+
+
+@pytest.mark.parametrize("kept", [None, 0, 20, 100, -8])
+def test_damaged_index_is_found(data_dir: Path, tmp_path: Path, kept: int | None) -> None:
+    for path in data_dir.iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    index = tmp_path / "heldout.idx"
+    if kept is None:  # whole in size, and nothing but zeros
+        index.write_bytes(bytes(index.stat().st_size))
+    else:
+        index.write_bytes(index.read_bytes()[:kept])
+    documents = load_summary(tmp_path).heldout.num_documents
+    with pytest.raises(DataError, match=rf"heldout.idx: \d+ bytes, not an index of {documents} documents .*: run"):
+        heldout(tmp_path)
+    index.unlink()
+    with pytest.raises(DataError, match=r"heldout.idx: no such file: run `minitron data` again"):
+        heldout(tmp_path)
+    assert train(tmp_path).microbatches(0)  # the other split is whole

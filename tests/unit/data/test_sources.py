@@ -150,6 +150,18 @@ def test_every_error_says_where_and_what_to_change(tmp_path: Path) -> None:
         assert str(tmp_path) in str(caught.value), name
 
 
+def test_a_file_that_may_not_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "a.txt"
+    path.write_text("text")
+
+    def refuse(_path: Path) -> bytes:  # root may read whatever the mode says
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(Path, "read_bytes", refuse)
+    with pytest.raises(DataError, match=r"a.txt: cannot be read \(permission denied\): change its mode"):
+        texts(files(path))
+
+
 def make_site_packages(root: Path, *, prose: int, code: int) -> None:
     for n in range(prose):
         readme = f"# package {n}\n" + "plain English words " * 30

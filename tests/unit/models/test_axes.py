@@ -159,3 +159,19 @@ def test_published_parameter_counts(name: str) -> None:
     )
     assert round(num_parameters(model) / 1e9, 3) == total
     assert round((num_parameters(model) - num_embedding_parameters(model)) / 1e9, 3) == body
+
+
+def test_smollm2_135m_to_the_last_parameter() -> None:
+    model = replace(
+        MODEL,
+        num_layers=30,
+        hidden_size=576,
+        ffn_hidden_size=1536,
+        num_attention_heads=9,
+        num_query_groups=3,
+        kv_channels=64,
+        vocab_size=49152,
+        share_embeddings_and_output_weights=True,
+    )
+    assert num_parameters(model) == 134_515_008
+    assert num_embedding_parameters(model) == 49152 * 576
