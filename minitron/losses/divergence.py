@@ -12,6 +12,25 @@ from torch import Tensor
 from minitron.losses.vocab import ScaledSums, VocabShard, row_max
 
 
+class Scratch:
+    """Work memory shared by the blocks of one loss: fresh memory for each costs page faults on a CPU."""
+
+    def __init__(self) -> None:
+        self._buffers: dict[str, Tensor] = {}
+
+    def like(self, name: str, block_Cv: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+        """Uninitialised memory of the block's shape; the same name gives the same memory again.
+
+        Args:
+            name: what it is for.
+            block_Cv: the block; the first one asked for must have the most tokens.
+            dtype: dtype, None for the block's.
+        """
+        if name not in self._buffers:
+            self._buffers[name] = block_Cv.new_empty(block_Cv.shape, dtype=dtype)
+        return self._buffers[name][: block_Cv.shape[0]]
+
+
 class Divergence(Protocol):
     """Loss per token and its gradient with respect to the student's logits.
 
@@ -25,6 +44,7 @@ class Divergence(Protocol):
         grad_Cv: Tensor | None,
         weight_C: Tensor,
         vocab: VocabShard,
+        scratch: Scratch,
     ) -> Tensor:
         """Compute one block.
 
@@ -35,6 +55,7 @@ class Divergence(Protocol):
                 needed. It may be the memory of ``student_Cv``, which may then be overwritten.
             weight_C: weight of each token.
             vocab: this rank's columns, and the reduction over the tensor-parallel group.
+            scratch: work memory.
 
         Returns:
             Unweighted loss of each token, in nats, equal on all ranks.
@@ -42,16 +63,22 @@ class Divergence(Protocol):
 
 
 def forward_kl(
-    student_Cv: Tensor, target: Tensor, grad_Cv: Tensor | None, weight_C: Tensor, vocab: VocabShard
+    student_Cv: Tensor,
+    target: Tensor,
+    grad_Cv: Tensor | None,
+    weight_C: Tensor,
+    vocab: VocabShard,
+    scratch: Scratch,
 ) -> Tensor:
     """KL(teacher || student) = sum_v p_v (t_v - s_v) - lse(t) + lse(s), with gradient q - p.
 
     The dot product takes the difference of the logits, not that of two large sums: fp32 precision.
     """
     teacher_max_C, student_max_C = row_max(target), row_max(student_Cv)
-    diff_Cv = target - student_Cv
-    teacher_exp_Cv = torch.sub(target, teacher_max_C[:, None]).exp_()
-    student_exp_Cv = torch.sub(student_Cv, student_max_C[:, None], out=grad_Cv).exp_()
+    diff_Cv = torch.sub(target, student_Cv, out=scratch.like("diff", target))
+    teacher_exp_Cv = torch.sub(target, teacher_max_C[:, None], out=scratch.like("teacher_exp", target)).exp_()
+    student_out_Cv = scratch.like("student_exp", student_Cv) if grad_Cv is None else grad_Cv
+    student_exp_Cv = torch.sub(student_Cv, student_max_C[:, None], out=student_out_Cv).exp_()
     dot_C = diff_Cv.mul_(teacher_exp_Cv).sum(-1)
     teacher, student = vocab.merge(
         ScaledSums(teacher_max_C, (teacher_exp_Cv.sum(-1), dot_C)),
@@ -69,7 +96,12 @@ def forward_kl(
 
 
 def cross_entropy(
-    student_Cv: Tensor, target: Tensor, grad_Cv: Tensor | None, weight_C: Tensor, vocab: VocabShard
+    student_Cv: Tensor,
+    target: Tensor,
+    grad_Cv: Tensor | None,
+    weight_C: Tensor,
+    vocab: VocabShard,
+    scratch: Scratch,
 ) -> Tensor:
     """Cross-entropy with label ids, lse(s) - s_label, with gradient q - onehot(label).
 
@@ -82,7 +114,8 @@ def cross_entropy(
     label_C = torch.zeros_like(weight_C)
     if vocab.num_valid:
         label_C = student_Cv.gather(1, index_C1).squeeze(1).where(here_C, label_C)
-    exp_Cv = torch.sub(student_Cv, max_C[:, None], out=grad_Cv).exp_()
+    out_Cv = scratch.like("student_exp", student_Cv) if grad_Cv is None else grad_Cv
+    exp_Cv = torch.sub(student_Cv, max_C[:, None], out=out_Cv).exp_()
     softmax, label = vocab.merge(
         ScaledSums(max_C, (exp_Cv.sum(-1),)), ScaledSums(torch.zeros_like(label_C), (label_C,))
     )

@@ -10,7 +10,7 @@ inputs are computed in fp64.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from minitron.errors import ConfigError
-from minitron.losses.divergence import Divergence
+from minitron.losses.divergence import Divergence, Scratch
 from minitron.losses.vocab import VocabShard
 
 _MIB = 2**20
@@ -35,6 +35,7 @@ class Job:
         weight_T: token weights, in the dtype of the computation (fp32, or fp64).
         vocab: this rank's columns.
         chunk_tokens: tokens per matrix product.
+        scratch: work memory of the blocks, which lives as long as the job.
     """
 
     divergence: Divergence
@@ -42,6 +43,7 @@ class Job:
     weight_T: Tensor
     vocab: VocabShard
     chunk_tokens: int
+    scratch: Scratch = field(default_factory=Scratch)
 
 
 def linear_loss(hidden_TH: Tensor, weight_vH: Tensor, job: Job) -> Tensor:
@@ -141,21 +143,19 @@ def _block_loss(job: Job, student_Tv: Tensor, target: Tensor, grad_Tv: Tensor | 
     """
     dtype = job.weight_T.dtype
     block = _block_tokens(student_Tv, job.vocab, dtype)
-    buffer_Cv = None
-    if student_Tv.dtype != dtype:
-        buffer_Cv = torch.empty_like(student_Tv[:block], dtype=dtype)
     loss = weight_T.new_zeros((), dtype=torch.float64)
     for start in range(0, student_Tv.shape[0], block):
         tokens = slice(start, start + block)
         student_Cv, target_C, weight_C = student_Tv[tokens], target[tokens], weight_T[tokens]
         grad_Cv = None if grad_Tv is None else grad_Tv[tokens]
         out_Cv = grad_Cv
-        if buffer_Cv is not None:
-            student_Cv = buffer_Cv[: student_Cv.shape[0]].copy_(student_Cv)
+        if student_Cv.dtype != dtype:
+            student_Cv = job.scratch.like("student", student_Cv, dtype).copy_(student_Cv)
             out_Cv = None if grad_Cv is None else student_Cv
-        if target_C.is_floating_point():
-            target_C = target_C.to(dtype)
-        loss += (job.divergence(student_Cv, target_C, out_Cv, weight_C, job.vocab) * weight_C).sum()
+        if target_C.is_floating_point() and target_C.dtype != dtype:
+            target_C = job.scratch.like("teacher", target_C, dtype).copy_(target_C)
+        loss_C = job.divergence(student_Cv, target_C, out_Cv, weight_C, job.vocab, job.scratch)
+        loss += (loss_C * weight_C).sum()
         if grad_Cv is not None and out_Cv is not None and out_Cv is not grad_Cv:
             grad_Cv.copy_(out_Cv)
     return loss
@@ -182,6 +182,6 @@ def _scale(grad: Tensor, grad_loss: Tensor) -> Tensor:
 
 def _block_tokens(logits_Tv: Tensor, vocab: VocabShard, dtype: torch.dtype) -> int:
     """Tokens per block: what stays in the cache of a lone CPU rank, else few launches and collectives."""
-    cpu_bytes = 3 * _MIB // 2 if vocab.num_ranks == 1 else 8 * _MIB
+    cpu_bytes = 3 * _MIB // 4 if vocab.num_ranks == 1 else 8 * _MIB
     budget = cpu_bytes if logits_Tv.device.type == "cpu" else 64 * _MIB
     return max(1, budget // (dtype.itemsize * vocab.num_columns))

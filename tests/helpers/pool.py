@@ -1,8 +1,8 @@
 """A pool of worker processes that stay alive between the multi-process tests of a session.
 
 Starting a worker costs seconds of imports, so workers are started when first needed and kept. Each
-call gets a fresh gloo process group. A call that hangs is cut by its timeout, and the workers it
-used are replaced; so are workers that died.
+call gets a fresh gloo process group. A call that hangs is cut by its timeout; workers that hung or
+died are replaced.
 """
 
 import multiprocessing
@@ -99,7 +99,7 @@ class WorkerPool:
                 worker.ready = True
 
     def _receive(self, world_size: int, timeout_s: float) -> dict[int, tuple[bool, Any]]:
-        """Answers by rank; a rank that gave none gets one that says so, and its worker is killed."""
+        """Answers by rank; a rank that gives none gets one that says so, and its worker is killed."""
         ranks: dict[Any, int] = {worker.connection: rank for rank, worker in enumerate(self._workers[:world_size])}
         answers: dict[int, tuple[bool, Any]] = {}
         deadline = time.monotonic() + timeout_s
@@ -114,8 +114,9 @@ class WorkerPool:
                     deadline = min(deadline, time.monotonic() + 5)
         late = f"no answer, killed: {timeout_s} s have passed, or 5 s since another rank failed"
         answers |= dict.fromkeys(ranks.values(), (False, late))
-        if ranks or (False, _DIED) in answers.values():
-            self.close()
+        for rank, worker in enumerate(self._workers[:world_size]):
+            if answers[rank] in ((False, late), (False, _DIED)):
+                worker.stop()
         return dict(sorted(answers.items()))
 
 

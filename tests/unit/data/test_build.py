@@ -86,6 +86,7 @@ def test_split_is_stable_under_order_and_additions(tmp_path: Path, build: Build,
 def test_workers_and_progress_do_not_change_the_files(
     tmp_path: Path, tokenizer_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    before = children()
     monkeypatch.setattr("minitron.data.tokenize.BATCH_BYTES", 2000)
     path = write_corpus(tmp_path / "a.jsonl", [make_text(n, 60) for n in range(80)])
     seen: dict[int, list[tuple[int, int]]] = {1: [], 2: []}
@@ -98,7 +99,7 @@ def test_workers_and_progress_do_not_change_the_files(
             out_dir=tmp_path / str(workers),
             on_progress=lambda *done, calls=calls: calls.append(done),
         )
-    assert multiprocessing.active_children() == []
+    assert children() == before, "tokenizing processes outlive the build"
     for name in ("train.bin", "train.idx", "heldout.bin", "heldout.idx", "data.json"):
         assert (tmp_path / "1" / name).read_bytes() == (tmp_path / "2" / name).read_bytes(), name
     assert seen[1] == seen[2]
@@ -138,12 +139,18 @@ def test_tokenizer_errors(tmp_path: Path, tokenizer_dir: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
+def children() -> set[int | None]:
+    """Child processes of the test run; the worker pool of other tests may be among them."""
+    return {child.pid for child in multiprocessing.active_children()}
+
+
 def test_a_process_that_dies_is_said(tmp_path: Path, build: Build, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = children()
     monkeypatch.setattr("minitron.data.tokenize._encode_in_worker", die)
     path = write_corpus(tmp_path / "a.jsonl", [make_text(n, 30) for n in range(40)])
     with pytest.raises(PlatformError, match=r"one of the 2 tokenizing processes died .*: lower data.num_workers"):
         build(tmp_path / "out", path, num_workers=2)
-    assert multiprocessing.active_children() == []
+    assert children() == before, "tokenizing processes outlive the build"
     assert not (tmp_path / "out" / "data.json").exists()
 
 
