@@ -20,7 +20,7 @@ from minitron.runtime.session import Session
 HF_DIR = "hf"
 
 _CHECK_TOKENS = 64
-"""Tokens of each of the two sequences that the logits are compared on."""
+"""Tokens of each sequence that the logits are compared on."""
 
 
 def export(session: Session, out: Path) -> dict[str, Any]:
@@ -65,9 +65,7 @@ def _reload_error(session: Session, student: Path, folder: Path) -> float:
         for parameter in gpt.parameters():
             parameter.copy_(parameter.to(exported))
     length = min(_CHECK_TOKENS, session.config.data.seq_length)
-    tokens_BS = example_tokens(
-        session.run.stage("data"), vocab_size=model.vocab_size, seq_length=length, seed=session.config.seed
-    )
+    tokens_BS = example_tokens(session.run.stage("data"), seq_length=length)
     ours = model_logits(
         gpt,
         tokens_BS.to(session.torch_device),

@@ -4,15 +4,16 @@ from pathlib import Path
 
 from rich.console import Console
 
-from minitron.cli.stages import stages_of
+from minitron.cli.stages import CHECKPOINT_OF, stages_of
 from minitron.cli.worker import run_rank
 from minitron.config.compose import load_resolved, to_yaml
-from minitron.config.model import Architecture, ModelConfig
+from minitron.config.model import ModelConfig
 from minitron.config.parallel import check_layout
 from minitron.config.prune import check_target
 from minitron.config.run import RunConfig, SourceKind
 from minitron.errors import ConfigError, ModelError
 from minitron.models.hf_import import inspect_source
+from minitron.models.random_source import random_model
 from minitron.pipeline import Planned, plan_stages
 from minitron.runtime.artefact import RunFolder, storage_error
 from minitron.runtime.device import check_num_ranks, resolve_device
@@ -40,15 +41,15 @@ def run_job(verb: str, config: RunConfig) -> int:
         check_num_ranks(env, config.parallel)
     run = RunFolder(Path(config.runs_dir) / config.name)
     wanted = wanted_stages(verb, config)
-    planned = plan_stages(stages_of(config), config, run, wanted)
     console = Console(soft_wrap=True)
-    if env is not None:  # torchrun started us: this process is one rank
+    if env is not None:  # torchrun started us: this process is one rank, and rank 0 plans
         if env.rank == 0:
             _write_resolved(run, config)
         run_rank(config, wanted, env)
         if env.rank == 0:
             _show_end(run, wanted, console)
         return 0
+    planned = plan_stages(stages_of(config), config, run, wanted)
     if all(item.done for item in planned):
         _say_done(planned, run, console)
     else:
@@ -76,8 +77,8 @@ def wanted_stages(verb: str, config: RunConfig) -> list[str]:
             if config.eval.checkpoint:
                 return [*chosen, "eval_checkpoint"]
             run = RunFolder(Path(config.runs_dir) / config.name)
-            done = {"eval_pruned": "prune", "eval_distilled": "distill", "eval_baseline": "baseline"}
-            return [*chosen, *(name for name, made_by in done.items() if run.meta(made_by) is not None)]
+            done = [which for which, made_by in CHECKPOINT_OF.items() if run.meta(made_by) is not None]
+            return [*chosen, *(f"eval_{which}" for which in done if which != "teacher")]
         case _:
             return [verb]
 
@@ -106,26 +107,7 @@ def source_model(config: RunConfig) -> ModelConfig:
     if config.source.kind is SourceKind.path:
         assert config.source.path is not None  # checked when composed
         return inspect_source(Path(config.source.path)).model
-    shape = config.source.random
-    if shape.num_attention_heads < 1 or shape.hidden_size % shape.num_attention_heads:
-        raise ModelError(
-            f"source.random: hidden_size={shape.hidden_size} is not a multiple of "
-            f"num_attention_heads={shape.num_attention_heads}; change one of the two"
-        )
-    return ModelConfig(
-        architecture=Architecture.llama,
-        num_layers=shape.num_layers,
-        hidden_size=shape.hidden_size,
-        ffn_hidden_size=shape.ffn_hidden_size,
-        num_attention_heads=shape.num_attention_heads,
-        num_query_groups=shape.num_query_groups,
-        kv_channels=shape.hidden_size // shape.num_attention_heads,
-        vocab_size=257,
-        max_position_embeddings=shape.max_position_embeddings,
-        layernorm_epsilon=1e-6,
-        rotary_base=10000.0,
-        share_embeddings_and_output_weights=True,
-    )
+    return random_model(config.source.random)
 
 
 def _write_resolved(run: RunFolder, config: RunConfig) -> Path:

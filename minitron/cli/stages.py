@@ -79,9 +79,14 @@ def _action(name: str) -> Callable[["Session", Path], Values]:
     return run
 
 
-def _section(config: RunConfig, name: str, *, drop: tuple[str, ...] = ()) -> Values:
-    values = flat_values(getattr(config, name), name)
+def _values(section: Any, prefix: str, drop: tuple[str, ...]) -> Values:
+    """A section's values, without those whose last name is in ``drop``."""
+    values = flat_values(section, prefix)
     return {key: value for key, value in values.items() if key.rsplit(".", 1)[-1] not in drop}
+
+
+def _section(config: RunConfig, name: str, *, drop: tuple[str, ...] = ()) -> Values:
+    return _values(getattr(config, name), name, drop)
 
 
 def _source_values(config: RunConfig) -> Values:
@@ -95,9 +100,8 @@ def _score_values(config: RunConfig) -> Values:
 
 
 def _training_values(config: RunConfig) -> Values:
-    values = flat_values(config.distill.train, "distill.train")
-    kept = {key: value for key, value in values.items() if key.rsplit(".", 1)[-1] not in _LOGGING_ONLY}
-    return kept | _section(config, "precision") | {"seed": config.seed}
+    values = _values(config.distill.train, "distill.train", _LOGGING_ONLY)
+    return values | _section(config, "precision") | {"seed": config.seed}
 
 
 def _distill_values(config: RunConfig) -> Values:

@@ -9,10 +9,13 @@ from pathlib import Path
 
 from rich.console import Console
 
+from minitron.cli.stages import stages_of
 from minitron.config.compose import load_resolved
 from minitron.config.run import RunConfig
 from minitron.errors import MinitronError, PlatformError
 from minitron.log import complain
+from minitron.pipeline import Planned, plan_stages, run_stages
+from minitron.runtime.artefact import RunFolder
 from minitron.runtime.env import DistEnv, dist_env
 
 _OTHER_RANKS_WAIT_S = 5.0
@@ -45,10 +48,7 @@ def run_rank(config: RunConfig, wanted: Sequence[str], env: DistEnv) -> None:
     _quiet()
     import torch
 
-    from minitron.cli.stages import stages_of
     from minitron.parallel.groups import model_parallel
-    from minitron.pipeline import plan_stages, run_stages
-    from minitron.runtime.artefact import RunFolder
     from minitron.runtime.device import check_num_ranks, process_group, resolve_device
     from minitron.runtime.session import Session
 
@@ -66,7 +66,7 @@ def run_rank(config: RunConfig, wanted: Sequence[str], env: DistEnv) -> None:
         run_stages(_rebuild(plan[0], config), session)
 
 
-def _rebuild(plan: object, config: RunConfig) -> list:  # type: ignore[type-arg]
+def _rebuild(plan: object, config: RunConfig) -> list[Planned]:
     """The plan with this process's own stage functions."""
     from minitron.cli.stages import stages_of
     from minitron.pipeline import Planned

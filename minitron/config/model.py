@@ -74,6 +74,18 @@ class ModelConfig:
         """Query heads that share one key and value head."""
         return self.num_attention_heads // self.num_query_groups
 
+    def loadable_hidden_sizes(self) -> list[int]:
+        """The nearest hidden sizes that transformers loads; empty where the model's own is one.
+
+        transformers 5 refuses a LlamaConfig whose hidden size is not a multiple of its heads, with ``head_dim``
+        given or not, though nothing in the model needs that.
+        """
+        hidden, heads = self.hidden_size, self.num_attention_heads
+        if self.architecture is not Architecture.llama or hidden % heads == 0:
+            return []
+        lower = hidden - hidden % heads
+        return [size for size in (lower, lower + heads) if size]
+
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON-ready values."""
         return {**asdict(self), "architecture": self.architecture.value}

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, replace
 from enum import StrEnum
 
-from minitron.config.model import Architecture, ModelConfig
+from minitron.config.model import ModelConfig
 from minitron.config.score import Aggregation
 from minitron.errors import ConfigError, PruneError
 
@@ -90,9 +90,9 @@ def check_target(model: ModelConfig, config: PruneConfig) -> ModelConfig:
             f"{model.num_query_groups} = {model.heads_per_group}; set num_attention_heads to at "
             f"most {groups} x {model.heads_per_group} = {groups * model.heads_per_group}"
         )
-    if model.architecture is Architecture.llama:
-        _check_llama(sizes["hidden_size"], heads)
-    return replace(model, **sizes)  # type: ignore[arg-type]
+    target = replace(model, **sizes)  # type: ignore[arg-type]
+    _check_loadable(target)
+    return target
 
 
 def _target_size(model: ModelConfig, config: PruneConfig, name: str) -> int:
@@ -108,15 +108,15 @@ def _target_size(model: ModelConfig, config: PruneConfig, name: str) -> int:
     return want
 
 
-def _check_llama(hidden: int, heads: int) -> None:
-    """Refuse now what could not be exported: transformers 5 checks this, ``head_dim`` given or not."""
-    if hidden % heads:
-        lower = hidden - hidden % heads
-        near = f"{lower} or {lower + heads}" if lower else str(heads)
+def _check_loadable(target: ModelConfig) -> None:
+    """Refuse now what could not be exported."""
+    nearest = target.loadable_hidden_sizes()
+    if nearest:
+        hidden, heads = target.hidden_size, target.num_attention_heads
         raise PruneError(
             f"prune: hidden_size={hidden} is not a multiple of num_attention_heads={heads} "
             f"({hidden} / {heads} leaves {hidden % heads}), which transformers' LlamaConfig needs; "
-            f"set hidden_size to {near}, or change the number of heads"
+            f"set hidden_size to {' or '.join(map(str, nearest))}, or change the number of heads"
         )
 
 

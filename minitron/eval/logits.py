@@ -94,20 +94,14 @@ def logit_error(ours_BSV: Tensor, theirs_BSV: Tensor) -> float:
     return float((ours_BSV - theirs_BSV).abs().max() / theirs_BSV.abs().max())
 
 
-def example_tokens(data: Path, *, vocab_size: int, seq_length: int, seed: int) -> Tensor:
-    """A few token ids to compare logits on: held-out text, [2, S].
+def example_tokens(data: Path, *, seq_length: int) -> Tensor:
+    """A few tokens to compare logits on: the first two held-out sequences, or the one there is, [B, S].
 
     Args:
         data: The data folder.
-        vocab_size: Ids are below it.
         seq_length: Tokens of a sequence.
-        seed: Unused ids are drawn with it when the text is shorter than two sequences.
     """
     batches = heldout_batches(
         data, seq_length=seq_length, micro_batch_size=1, dp_rank=0, dp_size=1, max_tokens=2 * seq_length
     )
-    rows = [batch.tokens_BS for batch in batches]
-    while len(rows) < 2:
-        generator = torch.Generator().manual_seed(seed)
-        rows.append(torch.randint(0, vocab_size, (1, seq_length), generator=generator))
-    return torch.cat(rows[:2])
+    return torch.cat([batch.tokens_BS for batch in batches])

@@ -1,7 +1,6 @@
 """Build this rank's part of a model on Megatron-Core, and run it up to its final hidden state."""
 
 import logging
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -102,8 +101,3 @@ def _final_state(*, hidden_states: Tensor, output_layer: Any, output_weight: Ten
     """Megatron's hook in place of the output layer."""
     weight = output_layer.weight if output_weight is None else output_weight
     return FinalState(hidden_SBH=hidden_states, weight_vH=weight)
-
-
-def num_local_parameters(models: Sequence[torch.nn.Module]) -> int:
-    """Parameters that this rank holds."""
-    return sum(p.numel() for model in models for p in model.parameters())

@@ -134,20 +134,16 @@ def to_hf_config(model: ModelConfig, base: Mapping[str, Any]) -> HfConfig:
 
 
 def check_loadable(model: ModelConfig) -> None:
-    """Check that transformers will build this shape.
-
-    transformers 5 refuses a LlamaConfig whose hidden size is not a multiple of its heads, though nothing in
-    the model needs that. Worth checking before a model is pruned to such a shape.
+    """Check that transformers will build this shape (`ModelConfig.loadable_hidden_sizes`).
 
     Raises:
         ModelError: It will not.
     """
-    hidden, heads = model.hidden_size, model.num_attention_heads
-    if model.architecture is Architecture.llama and hidden % heads:
-        below = hidden // heads * heads
+    nearest = model.loadable_hidden_sizes()
+    if nearest:
         raise ModelError(
-            f"transformers cannot load LlamaForCausalLM with hidden_size={hidden}, not a multiple of "
-            f"num_attention_heads={heads}; choose hidden_size={below} or {below + heads}"
+            f"transformers cannot load {model.architecture.value} with hidden_size={model.hidden_size}, not a multiple "
+            f"of num_attention_heads={model.num_attention_heads}; choose hidden_size={' or '.join(map(str, nearest))}"
         )
 
 

@@ -6,9 +6,39 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from minitron.config.model import Architecture, ModelConfig
 from minitron.config.run import RandomModelConfig
+from minitron.errors import ModelError
+from minitron.models.hf_config import to_hf_config
 
 END_OF_TEXT = "<|endoftext|>"
+
+
+def random_model(config: RandomModelConfig) -> ModelConfig:
+    """Architecture of the model that `write_random_model` writes.
+
+    Raises:
+        ModelError: The heads do not divide the hidden size.
+    """
+    if config.num_attention_heads < 1 or config.hidden_size % config.num_attention_heads:
+        raise ModelError(
+            f"source.random: hidden_size={config.hidden_size} is not a multiple of "
+            f"num_attention_heads={config.num_attention_heads}; change one of the two"
+        )
+    return ModelConfig(
+        architecture=Architecture.llama,
+        num_layers=config.num_layers,
+        hidden_size=config.hidden_size,
+        ffn_hidden_size=config.ffn_hidden_size,
+        num_attention_heads=config.num_attention_heads,
+        num_query_groups=config.num_query_groups,
+        kv_channels=config.hidden_size // config.num_attention_heads,
+        vocab_size=len(_symbols()),
+        max_position_embeddings=config.max_position_embeddings,
+        layernorm_epsilon=1e-6,
+        rotary_base=10000.0,
+        share_embeddings_and_output_weights=True,
+    )
 
 
 def write_random_model(config: RandomModelConfig, folder: Path) -> Path:
@@ -24,21 +54,8 @@ def write_random_model(config: RandomModelConfig, folder: Path) -> Path:
     tokenizer = _byte_tokenizer()
     generator_state = torch.get_rng_state()
     torch.manual_seed(config.seed)
-    model = LlamaForCausalLM(
-        LlamaConfig(
-            num_hidden_layers=config.num_layers,
-            hidden_size=config.hidden_size,
-            intermediate_size=config.ffn_hidden_size,
-            num_attention_heads=config.num_attention_heads,
-            num_key_value_heads=config.num_query_groups,
-            head_dim=config.hidden_size // config.num_attention_heads,
-            vocab_size=len(tokenizer),
-            max_position_embeddings=config.max_position_embeddings,
-            tie_word_embeddings=True,
-            bos_token_id=tokenizer.eos_token_id,
-            eos_token_id=tokenizer.eos_token_id,
-        )
-    )
+    special = {"bos_token_id": tokenizer.eos_token_id, "eos_token_id": tokenizer.eos_token_id}
+    model = LlamaForCausalLM(LlamaConfig(**to_hf_config(random_model(config), special)))
     torch.set_rng_state(generator_state)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
@@ -47,9 +64,12 @@ def write_random_model(config: RandomModelConfig, folder: Path) -> Path:
 
 def _byte_tokenizer() -> PreTrainedTokenizerFast:
     """One token per byte, and an end-of-text token."""
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    vocab = {symbol: number for number, symbol in enumerate([*alphabet, END_OF_TEXT])}
+    vocab = {symbol: number for number, symbol in enumerate(_symbols())}
     tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=END_OF_TEXT)
+
+
+def _symbols() -> list[str]:
+    return [*sorted(pre_tokenizers.ByteLevel.alphabet()), END_OF_TEXT]

@@ -37,11 +37,6 @@ def dist_env(environ: Mapping[str, str] | None = None) -> DistEnv | None:
     return DistEnv(rank=rank, world_size=world_size, local_rank=local_rank)
 
 
-def is_ci() -> bool:
-    """CI is set: progress is printed as plain lines."""
-    return bool(os.environ.get("CI"))
-
-
 def wandb_has_account() -> bool:
     """An API key in the environment or the netrc file; without one wandb runs offline and asks nothing."""
     if os.environ.get("WANDB_API_KEY"):

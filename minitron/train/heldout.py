@@ -48,8 +48,6 @@ def forward_only(
     model: torch.nn.Module,
     microbatches: Sequence[Batch],
     collect: Collect,
-    *,
-    before: Callable[[Batch], None] | None = None,
 ) -> list[Any]:
     """Run a forward-only pipeline schedule and keep what ``collect`` returns on the last stage.
 
@@ -57,7 +55,6 @@ def forward_only(
         model: A `GPTModel` or Megatron's wrapper around one.
         microbatches: This data-parallel rank's micro-batches, all of one shape.
         collect: Called on the last stage with the final state of each micro-batch.
-        before: Called on every stage before it runs a micro-batch.
 
     Returns:
         One object per micro-batch on the last stage, an empty list elsewhere.
@@ -66,7 +63,7 @@ def forward_only(
     schedule = get_forward_backward_func()
     with torch.no_grad():
         results: list[Any] = schedule(
-            forward_step_func=partial(_forward_step, collect, before),
+            forward_step_func=partial(_forward_step, collect),
             data_iterator=iter(microbatches),
             model=[model],
             num_microbatches=len(microbatches),
@@ -78,12 +75,8 @@ def forward_only(
     return results
 
 
-def _forward_step(
-    collect: Collect, before: Callable[[Batch], None] | None, iterator: Iterator[Batch], model: torch.nn.Module
-) -> tuple[Any, Any]:
+def _forward_step(collect: Collect, iterator: Iterator[Batch], model: torch.nn.Module) -> tuple[Any, Any]:
     batch = next(iterator)
-    if before is not None:
-        before(batch)
 
     def keep(state: FinalState, non_loss_data: bool = True) -> object:
         return collect(state, batch)

@@ -18,23 +18,10 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from minitron.runtime.tracking import read_metrics
+from tests.helpers.line import LINE
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 TWO_STAGES = "parallel.pipeline_model_parallel_size=2"
-STAGES = [
-    "import",
-    "data",
-    "eval_teacher",
-    "score",
-    "prune",
-    "eval_pruned",
-    "distill",
-    "eval_distilled",
-    "baseline",
-    "eval_baseline",
-    "export",
-    "report",
-]
 AFTER_TOKENS = {"distill", "eval_distilled", "baseline", "eval_baseline", "export", "report"}
 """Stages whose result depends on distill.train.num_tokens."""
 
@@ -80,7 +67,7 @@ def line(tmp_path_factory: pytest.TempPathFactory) -> Line:
 
 
 def test_whole_line_on_two_processes(line: Line) -> None:
-    assert set(_metas(line.run)) == set(STAGES)
+    assert set(_metas(line.run)) == set(LINE)
     assert list((line.run / ".partial").iterdir()) == []
     assert "tensor 1 x pipeline 2 x data 1 = 2 ranks" in line.first.stdout
     assert (line.run / "report" / "report.html").read_text().lstrip().lower().startswith("<!doctype html")
@@ -103,7 +90,7 @@ def test_exported_folder_loads(line: Line) -> None:
 def test_second_run_starts_no_rank(line: Line) -> None:
     again = _compress(line.runs_dir, TWO_STAGES)
     assert again.returncode == 0, again.stderr
-    for stage in STAGES:
+    for stage in LINE:
         assert f"{stage}: done before" in again.stdout
     assert "ranks, artefacts in" not in again.stdout
     assert "gap recovered" in again.stdout  # the table is shown again
@@ -124,8 +111,8 @@ def test_rerun_runs_what_depends_on_the_change(line: Line) -> None:
     result = _compress(line.runs_dir, TWO_STAGES, "distill.train.num_tokens=2560", "on_change=rerun")
     assert result.returncode == 0, result.stdout + result.stderr
     after = _metas(line.run)
-    assert set(after) == set(STAGES)
-    assert {stage for stage in STAGES if after[stage] != before[stage]} == AFTER_TOKENS
+    assert set(after) == set(LINE)
+    assert {stage for stage in LINE if after[stage] != before[stage]} == AFTER_TOKENS
     aside = {folder.name for folder in (line.run / "superseded").iterdir()}
     assert aside == {f"{stage}-{before[stage]['digest'][:12]}" for stage in AFTER_TOKENS}
     assert [record["step"] for record in read_metrics(line.run / "distill")] == list(range(1, 11))
@@ -201,5 +188,5 @@ def test_full_disk_is_one_line_and_the_run_goes_on(small_disk: Path) -> None:
     subprocess.run(["mount", "-o", "remount,size=200m", str(small_disk)], check=True)
     finished = _compress(small_disk)
     assert finished.returncode == 0, finished.stdout + finished.stderr
-    assert set(_metas(small_disk / "tiny")) == set(STAGES)
+    assert set(_metas(small_disk / "tiny")) == set(LINE)
     assert "import: done before" in finished.stdout

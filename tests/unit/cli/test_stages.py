@@ -10,21 +10,7 @@ from minitron.config.compose import compose_run
 from minitron.config.run import RunConfig
 from minitron.pipeline import plan_stages
 from minitron.runtime.artefact import RunFolder
-
-LINE = [
-    "import",
-    "data",
-    "eval_teacher",
-    "score",
-    "prune",
-    "eval_pruned",
-    "distill",
-    "eval_distilled",
-    "baseline",
-    "eval_baseline",
-    "export",
-    "report",
-]
+from tests.helpers.line import LINE
 
 
 @pytest.fixture
