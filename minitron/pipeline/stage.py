@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import gc
 import os
 import time
 from collections.abc import Callable, Sequence
@@ -125,6 +126,7 @@ def run_stages(planned: Sequence[Planned], session: "Session") -> None:
         started = time.monotonic()
         session.say(f"{label} ...")
         summary = _run_stage(item, session)
+        gc.collect()  # models and optimizers hold cycles: their memory is the next stage's
         shown = ", ".join(f"{key} {_short(value)}" for key, value in summary.items())
         session.say(f"{label}: {time.monotonic() - started:.0f} s  {shown}")
 
