@@ -124,6 +124,9 @@ def _serve(connection: Connection) -> None:
     """A worker's life: import once, then answer calls until the test session goes away."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the test session's to handle
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    # No rank leaves the set-up of a group before all are connected: a function that returns at once would
+    # close its connections under a slower peer, whose failed set-up leaves torch's group counter one ahead.
+    os.environ["TORCH_DIST_INIT_BARRIER"] = "1"
     import megatron.core  # noqa: F401
     import torch
 
