@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from minitron.checkpoint.folder import read_model_config
-from minitron.config.run import Dtype, PrecisionConfig
+from minitron.config.precision import Dtype, PrecisionConfig
 from minitron.errors import NumericsError
 from minitron.eval.logits import example_tokens, logit_error, model_logits
 from minitron.eval.run import EVAL_FILE

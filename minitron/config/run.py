@@ -4,10 +4,11 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 
 from minitron.config.data import DataConfig
+from minitron.config.distill import DistillConfig
 from minitron.config.parallel import ParallelConfig
+from minitron.config.precision import Dtype, PrecisionConfig
 from minitron.config.prune import PruneConfig
 from minitron.config.score import ScoreConfig
-from minitron.config.train import TrainConfig
 from minitron.errors import ConfigError
 
 
@@ -17,13 +18,6 @@ class Device(StrEnum):
     auto = "auto"
     cpu = "cpu"
     cuda = "cuda"
-
-
-class Dtype(StrEnum):
-    """Number format of weights and activations in training and evaluation."""
-
-    fp32 = "fp32"
-    bf16 = "bf16"
 
 
 class OnChange(StrEnum):
@@ -63,24 +57,6 @@ class SourceConfig:
     """A Hugging Face folder (config.json, safetensors, tokenizer) or a .gguf file."""
     random: RandomModelConfig = field(default_factory=RandomModelConfig)
     """Shape of the random model."""
-
-
-@dataclass(kw_only=True)
-class PrecisionConfig:
-    """Number formats."""
-
-    dtype: Dtype = Dtype.fp32
-    """Weights and activations in training and scoring; the optimizer's copy is always fp32."""
-
-
-@dataclass(kw_only=True)
-class DistillConfig:
-    """Distillation of the pruned student from the unpruned teacher."""
-
-    train: TrainConfig = field(default_factory=TrainConfig)
-    """Batch, schedule and optimizer."""
-    teacher_microbatches: int = 0
-    """Most micro-batches whose teacher states wait at once; 0 holds a whole step's."""
 
 
 @dataclass(kw_only=True)

@@ -3,14 +3,14 @@
 from hydra.core.config_store import ConfigStore
 
 from minitron.config.data import DataConfig
+from minitron.config.distill import DistillConfig
 from minitron.config.parallel import ParallelConfig
+from minitron.config.precision import PrecisionConfig
 from minitron.config.prune import PruneConfig
 from minitron.config.run import (
     BaselineConfig,
-    DistillConfig,
     EvalConfig,
     ExportConfig,
-    PrecisionConfig,
     ReportConfig,
     RunConfig,
     SourceConfig,

@@ -8,76 +8,67 @@ and its loss reads the signal. Both models' logits exist only chunk by chunk, in
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from megatron.core.models.gpt.gpt_model import GPTModel
+from torch import Tensor
 
+from minitron.config.distill import CrossEntropyMixConfig, Mixing
 from minitron.data.batch import Batch
+from minitron.distill.teacher import Signal, Teacher
 from minitron.losses import linear_kl
 from minitron.models.gpt import FinalState
 from minitron.models.loss_inputs import loss_inputs
 from minitron.parallel.groups import Groups
-from minitron.train.heldout import forward_only
-from minitron.train.objective import Loss
+from minitron.train.objective import CrossEntropy, Loss
 
 
 @dataclass(frozen=True)
-class OnlineTeacher:
-    """A teacher that runs beside the student, in the same layout.
+class Distillation:
+    """Logit loss against the teacher, by default KL(teacher || student) alone over the full vocabulary.
+
+    That is the papers' winning recipe (arXiv 2407.14679, section 4.3; arXiv 2408.11796, section 3).
 
     Attributes:
-        gpt: The teacher; frozen and in evaluation mode (see `freeze`).
-    """
-
-    gpt: GPTModel
-
-    def states(self, microbatches: Sequence[Batch]) -> list[FinalState]:
-        """Final states of the micro-batches on the last pipeline stage, an empty list elsewhere."""
-        return forward_only(self.gpt, microbatches, lambda state, _batch: state)
-
-
-def freeze(gpt: GPTModel) -> GPTModel:
-    """Make a model a teacher: no gradient reaches its parameters."""
-    gpt.eval()
-    for parameter in gpt.parameters():
-        parameter.requires_grad_(False)
-    return gpt
-
-
-@dataclass(frozen=True)
-class ForwardKL:
-    """KL(teacher || student) over the full vocabulary, temperature 1, no cross-entropy.
-
-    The papers' winning recipe (arXiv 2407.14679, section 4.3; arXiv 2408.11796, section 3).
-
-    Attributes:
-        teacher: Where the teacher's states come from.
+        teacher: Where the teacher's signals come from.
         vocab_size: True size of the vocabulary, without padding.
         groups: This rank's process groups.
         sequence_parallel: Whether hidden states are split along the sequence.
+        cross_entropy: How much cross-entropy with the labels is mixed in.
     """
 
-    teacher: OnlineTeacher
+    teacher: Teacher
     vocab_size: int
     groups: Groups
     sequence_parallel: bool
+    cross_entropy: CrossEntropyMixConfig
 
-    def signals(self, microbatches: Sequence[Batch]) -> Sequence[object]:
-        """Run the teacher; off the last stage there is nothing to hold."""
-        states = self.teacher.states(microbatches)
-        return states if self.groups.is_last_stage else [None] * len(microbatches)
+    def signals(self, microbatches: Sequence[Batch]) -> Sequence[Signal]:
+        """Run the teacher."""
+        return self.teacher.signals(microbatches)
 
     def loss(self, state: FinalState, batch: Batch, signal: object) -> Loss:
-        """Mean divergence per token."""
-        assert isinstance(signal, FinalState)
+        """Mean loss per token, and its parts unweighted."""
+        assert isinstance(signal, Signal)
+        total = self._logit_loss(state, batch, signal)
+        terms = {"forward_kl": total.detach().clone()}
+        if self.cross_entropy.weight:
+            plain = CrossEntropy(self.vocab_size, self.groups, self.sequence_parallel).loss(state, batch, None)
+            weight: float | Tensor = self.cross_entropy.weight
+            if self.cross_entropy.mixing is Mixing.scaled:
+                weight = weight * total.detach() / plain.total.detach()
+            total = total + weight * plain.total
+            terms |= plain.terms
+        return Loss(total, terms)
+
+    def _logit_loss(self, state: FinalState, batch: Batch, signal: Signal) -> Tensor:
+        assert signal.final is not None, "the last stage has a final state"
         split = self.sequence_parallel
         hidden_TH, weights_T = loss_inputs(state.hidden_SBH, batch, self.groups, sequence_parallel=split)
-        teacher_TH, _ = loss_inputs(signal.hidden_SBH, batch, self.groups, sequence_parallel=split)
-        total = linear_kl(
+        teacher_TH, _ = loss_inputs(signal.final.hidden_SBH, batch, self.groups, sequence_parallel=split)
+        return linear_kl(
             hidden_TH,
             state.weight_vH,
             teacher_TH,
-            signal.weight_vH,
+            signal.final.weight_vH,
             vocab_size=self.vocab_size,
             tp_group=self.groups.tp,
             token_weights_T=weights_T,
         )
-        return Loss(total, {"forward_kl": total.detach().clone()})

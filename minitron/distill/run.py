@@ -3,7 +3,9 @@
 from pathlib import Path
 
 from minitron.checkpoint.folder import copy_side_files
-from minitron.distill.objective import ForwardKL, OnlineTeacher, freeze
+from minitron.config.precision import PrecisionConfig
+from minitron.distill.objective import Distillation
+from minitron.distill.teacher import OnlineTeacher, freeze
 from minitron.errors import ConfigError
 from minitron.models.load import load_gpt
 from minitron.runtime.session import Session
@@ -23,18 +25,21 @@ def distill(session: Session, *, teacher: Path, student: Path, data: Path, out: 
     Raises:
         ConfigError: The two models have different vocabularies.
     """
-    teacher_gpt, teacher_model = load_gpt(teacher, session)
+    settings = session.config.distill
+    precision = PrecisionConfig(dtype=settings.teacher.dtype or session.config.precision.dtype)
+    teacher_gpt, teacher_model = load_gpt(teacher, session, precision=precision)
     student_gpt, student_model = load_gpt(student, session)
     if teacher_model.vocab_size != student_model.vocab_size:
         raise ConfigError(
             f"teacher vocab_size={teacher_model.vocab_size} and student vocab_size={student_model.vocab_size} differ; "
             "their distributions cannot be compared"
         )
-    objective = ForwardKL(
+    objective = Distillation(
         OnlineTeacher(freeze(teacher_gpt)),
         student_model.vocab_size,
         session.groups,
         session.config.parallel.sequence_parallel,
+        settings.cross_entropy,
     )
     summary = train_to_folder(
         session,
@@ -42,10 +47,10 @@ def distill(session: Session, *, teacher: Path, student: Path, data: Path, out: 
         gpt=student_gpt,
         model=student_model,
         objective=objective,
-        settings=session.config.distill.train,
+        settings=settings.train,
         data=data,
         out=out,
-        group_size=session.config.distill.teacher_microbatches,
+        group_size=settings.teacher_microbatches,
     )
     if session.is_main:
         copy_side_files(student, out)

@@ -15,7 +15,8 @@ from torch import Tensor
 
 from minitron.config.model import ModelConfig
 from minitron.config.parallel import ParallelConfig
-from minitron.config.run import Device, PrecisionConfig
+from minitron.config.precision import PrecisionConfig
+from minitron.config.run import Device
 from minitron.data.batch import Batch
 from minitron.models.transformer_config import padded_vocab_size, transformer_config
 from minitron.parallel.groups import Groups

@@ -8,7 +8,7 @@ from megatron.core.models.gpt.gpt_model import GPTModel
 from minitron.checkpoint.folder import read_model_config
 from minitron.checkpoint.model_io import load_model
 from minitron.config.model import ModelConfig
-from minitron.config.run import PrecisionConfig
+from minitron.config.precision import PrecisionConfig
 from minitron.models.gpt import build_gpt
 from minitron.runtime.session import Session
 

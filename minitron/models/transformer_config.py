@@ -6,7 +6,8 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from minitron.config.model import ModelConfig
 from minitron.config.parallel import ParallelConfig, stage_layers
-from minitron.config.run import Device, Dtype, PrecisionConfig
+from minitron.config.precision import Dtype, PrecisionConfig
+from minitron.config.run import Device
 from minitron.errors import ModelError
 
 TORCH_DTYPE = {Dtype.fp32: torch.float32, Dtype.bf16: torch.bfloat16}

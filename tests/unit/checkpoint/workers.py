@@ -17,7 +17,8 @@ from minitron.checkpoint.model_io import load_model, save_model
 from minitron.checkpoint.store import CheckpointWriter
 from minitron.compat.cpu import CPU_LAYER
 from minitron.config.parallel import ParallelConfig
-from minitron.config.run import Device, PrecisionConfig
+from minitron.config.precision import PrecisionConfig
+from minitron.config.run import Device
 from minitron.errors import CheckpointError
 from minitron.models.gpt import build_gpt
 from minitron.parallel.groups import model_parallel

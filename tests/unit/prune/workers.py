@@ -9,7 +9,8 @@ from minitron.checkpoint.folder import read_model_config
 from minitron.checkpoint.model_io import load_model
 from minitron.compat.cpu import CPU_LAYER
 from minitron.config.parallel import ParallelConfig
-from minitron.config.run import Device, PrecisionConfig
+from minitron.config.precision import PrecisionConfig
+from minitron.config.run import Device
 from minitron.config.score import ScoreConfig
 from minitron.data.batch import Batch
 from minitron.models.gpt import build_gpt
