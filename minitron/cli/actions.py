@@ -1,5 +1,6 @@
 """What each stage does: the wiring of data, prune, distill, train, eval and report. Imported on the ranks only."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -8,9 +9,10 @@ import torch
 
 from minitron.checkpoint.folder import is_checkpoint_folder, read_model_config
 from minitron.cli.exporting import export
-from minitron.cli.stages import CHECKPOINT_OF
+from minitron.cli.stages import CHECKPOINT_OF, random_ranking, teacher_stage
 from minitron.config.compose import to_yaml
 from minitron.config.run import SourceKind
+from minitron.config.trainings import TRAININGS, settings_of
 from minitron.data.build import build_dataset
 from minitron.data.summary import Split, require_tokens
 from minitron.distill.run import distill
@@ -21,7 +23,7 @@ from minitron.models.random_source import write_random_model
 from minitron.prune.run import prune, score
 from minitron.prune.scores import Scores
 from minitron.runtime.session import Session
-from minitron.train.run import train_from_scratch
+from minitron.train.run import StartingPoint, train_on_text
 
 Values = dict[str, Any]
 
@@ -39,15 +41,17 @@ def act(stage: str, session: Session, out: Path) -> Values:
     """
     if stage.startswith("eval_"):
         return _eval(stage, session, out)
+    if stage in TRAININGS:
+        return _train(stage, session, out)
     actions = {
         "import": _import,
         "data": _data,
         "score": _score,
         "prune": _prune,
-        "distill": _distill,
-        "baseline": _baseline,
+        "prune_random": _prune_random,
         "export": export,
         "report": _report,
+        "ablation": _ablation,
     }
     return actions[stage](session, out)
 
@@ -136,15 +140,21 @@ def _prune(session: Session, out: Path) -> Values:
     return prune(session, model=run.stage("import"), source_id=source_id, scores=run.stage("score"), out=out)
 
 
-def _distill(session: Session, out: Path) -> Values:
-    run = session.run
-    teacher, student, data = run.stage("import"), run.stage("prune"), run.stage("data")
-    return dict(distill(session, teacher=teacher, student=student, data=data, out=out))
+def _prune_random(session: Session, out: Path) -> Values:
+    return _prune(replace(session, config=random_ranking(session.config)), out)
 
 
-def _baseline(session: Session, out: Path) -> Values:
-    run = session.run
-    return dict(train_from_scratch(session, shape_of=run.stage("prune"), data=run.stage("data"), out=out))
+def _train(stage: str, session: Session, out: Path) -> Values:
+    """One run of the training loop, by distillation or on the text alone."""
+    training, run = TRAININGS[stage], session.run
+    start = StartingPoint(run.stage(training.start or "prune"), random_weights=training.start is None)
+    settings, data = settings_of(session.config, stage), run.stage("data")
+    if training.distills:
+        teacher = run.stage(teacher_stage(session.config))
+        summary = distill(session, stage=stage, teacher=teacher, start=start, settings=settings, data=data, out=out)
+    else:
+        summary = train_on_text(session, stage=stage, start=start, settings=settings, data=data, out=out)
+    return dict(summary)
 
 
 def _report(session: Session, out: Path) -> Values:
@@ -161,3 +171,12 @@ def _report(session: Session, out: Path) -> Values:
         }
         write_report(session.run.path, out, importance, to_yaml(session.config))
     return {}
+
+
+def _ablation(session: Session, out: Path) -> Values:
+    if not session.is_main:
+        return {}
+    from minitron.report.ablation import write_ablation
+
+    ablation = write_ablation(session.run, session.config, out)
+    return {"token_saving": ablation.saving.text}

@@ -47,7 +47,7 @@ def run_job(verb: str, config: RunConfig) -> int:
             _write_resolved(run, config)
         run_rank(config, wanted, env)
         if env.rank == 0:
-            _show_end(run, wanted, console)
+            _show_end(run, wanted, config, console)
         return 0
     planned = plan_stages(stages_of(config), config, run, wanted)
     if all(item.done for item in planned):
@@ -58,20 +58,28 @@ def run_job(verb: str, config: RunConfig) -> int:
         code = launch_local(resolved, wanted, num_ranks=config.parallel.num_ranks)
         if code:
             return code
-    _show_end(run, wanted, console)
+    _show_end(run, wanted, config, console)
     return 0
 
 
 def wanted_stages(verb: str, config: RunConfig) -> list[str]:
     """The stages a verb runs."""
-    names = [stage.name for stage in stages_of(config) if stage.name != "eval_checkpoint"]
+    names = [stage.name for stage in stages_of(config)]
     match verb:
         case "compress":
-            return names
+            return names[: names.index("report") + 1]
+        case "ablate":
+            if "ablation" not in names:
+                raise ConfigError("minitron ablate compares with the baseline; set baseline.enabled=true")
+            return [name for name in names if name not in ("export", "report", "eval_checkpoint")]
         case "train":
-            if not config.baseline.enabled:
-                raise ConfigError("minitron train makes the baseline, but baseline.enabled=false; set it to true")
-            return ["baseline"]
+            wanted: list[str] = [name for name in ("correct", "baseline") if name in names][:1]
+            if not wanted:
+                raise ConfigError(
+                    "minitron train has nothing to train: set correction.enabled=true to correct the teacher, or "
+                    "baseline.enabled=true for the control from random weights"
+                )
+            return wanted
         case "eval":
             chosen = ["eval_teacher"]
             if config.eval.checkpoint:
@@ -129,7 +137,11 @@ def _say_done(planned: list[Planned], run: RunFolder, console: Console) -> None:
         console.print(f"{item.stage.name}: done before ({meta.get('seconds', 0):.0f} s then)", highlight=False)
 
 
-def _show_end(run: RunFolder, wanted: list[str], console: Console) -> None:
+def _show_end(run: RunFolder, wanted: list[str], config: RunConfig, console: Console) -> None:
+    if "ablation" in wanted:
+        from minitron.report.ablation import collect_ablation, print_ablation
+
+        print_ablation(collect_ablation(run, config), run.stage("ablation"), console)
     if "report" in wanted:
         from minitron.report.data import load_report
         from minitron.report.table import print_table

@@ -16,7 +16,11 @@ VERBS: dict[str, tuple[str, str]] = {
     "score": ("one calibration pass -> importance of every head, neuron, channel and layer", "score"),
     "prune": ("scores and a target shape -> a prune spec and a smaller checkpoint", "prune"),
     "distill": ("teacher and pruned student -> a distilled checkpoint", "distill"),
-    "train": ("the control: the student's shape from random weights, cross-entropy", "distill.train"),
+    "train": (
+        "cross-entropy: the teacher's correction with correction.enabled=true, else the control from random weights",
+        "correction, distill.train",
+    ),
+    "ablate": ("the papers' five recipes at equal tokens, and a longer run from scratch", "ablation, distill"),
     "eval": ("held-out loss and perplexity; the unpruned teacher first", "eval"),
     "export": ("the distilled checkpoint -> a Hugging Face folder, reloaded and compared", "export"),
     "report": ("table, plots and report.html from what is done", "report"),

@@ -2,6 +2,7 @@
 
 import hashlib
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -9,6 +10,7 @@ from minitron.checkpoint.folder import is_checkpoint_folder
 from minitron.config.compose import flat_values
 from minitron.config.prune import Ranking
 from minitron.config.run import RunConfig, SourceKind
+from minitron.config.trainings import ABLATION, TRAININGS, settings_of
 from minitron.data.sources import source_fingerprint as text_fingerprint
 from minitron.models.hf_import import source_fingerprint as model_fingerprint
 from minitron.pipeline import Stage
@@ -21,14 +23,18 @@ Values = dict[str, Any]
 _LOGGING_ONLY = ("log_interval_steps", "save_interval_steps", "eval_interval_steps", "eval_tokens")
 """Training settings that do not change the weights."""
 
+CHECKPOINT_OF = {
+    "teacher": "import",
+    "corrected": "correct",
+    "pruned": "prune",
+    "distilled": "distill",
+    **{name: name for name in TRAININGS if name not in ("correct", "distill")},
+}
+"""Stage that leaves the checkpoint of each evaluated model."""
+
 
 def stages_of(config: RunConfig) -> list[Stage]:
-    """The stages of a run, each after those it needs."""
-    needs_scores = config.prune.ranking is Ranking.importance
-    baseline = [
-        Stage("baseline", ("prune", "data"), _training_values, _action("baseline"), resumable=True),
-        _eval_stage("baseline"),
-    ]
+    """The stages of one line, each after those it needs; a verb runs some of them."""
     evaluations = ["eval_teacher", "eval_pruned", "eval_distilled"]
     return [
         Stage("import", (), _source_values, _action("import"), outside=_model_outside),
@@ -40,14 +46,17 @@ def stages_of(config: RunConfig) -> list[Stage]:
             outside=_text_outside,
         ),
         _eval_stage("teacher"),
+        *(_training_stages("correct", config) if config.correction.enabled else []),
         Stage("score", ("import", "data"), _score_values, _action("score")),
         Stage(
-            "prune", ("import", *(["score"] if needs_scores else [])), lambda c: _section(c, "prune"), _action("prune")
+            "prune",
+            ("import", *(["score"] if config.prune.ranking is Ranking.importance else [])),
+            lambda c: _section(c, "prune"),
+            _action("prune"),
         ),
         _eval_stage("pruned"),
-        Stage("distill", ("import", "prune", "data"), _distill_values, _action("distill"), resumable=True),
-        _eval_stage("distilled"),
-        *(baseline if config.baseline.enabled else []),
+        *_training_stages("distill", config),
+        *(_training_stages("baseline", config) if config.baseline.enabled else []),
         Stage("export", ("distill", "data"), lambda c: _section(c, "export"), _action("export")),
         Stage(
             "report",
@@ -56,11 +65,55 @@ def stages_of(config: RunConfig) -> list[Stage]:
             _action("report"),
         ),
         Stage("eval_checkpoint", ("data",), _eval_values, _action("eval_checkpoint"), outside=_checkpoint_outside),
+        *_ablation_stages(config),
     ]
 
 
-CHECKPOINT_OF = {"teacher": "import", "pruned": "prune", "distilled": "distill", "baseline": "baseline"}
-"""Stage that leaves the checkpoint of each evaluated model."""
+def _ablation_stages(config: RunConfig) -> list[Stage]:
+    """The recipes beside the line's own, and their comparison."""
+    if not config.baseline.enabled:
+        return []
+    others = [name for name in ABLATION if name not in ("distill", "baseline")]
+    return [
+        Stage("prune_random", ("import",), lambda c: _section(random_ranking(c), "prune"), _action("prune_random")),
+        *(stage for name in others for stage in _training_stages(name, config)),
+        Stage(
+            "ablation",
+            ("eval_teacher", "eval_pruned", *(f"eval_{_evaluated(name)}" for name in ABLATION)),
+            lambda c: _section(c, "ablation"),
+            _action("ablation"),
+        ),
+    ]
+
+
+def random_ranking(config: RunConfig) -> RunConfig:
+    """The run with units kept at random: the control of importance."""
+    return replace(config, prune=replace(config.prune, ranking=Ranking.random))
+
+
+def teacher_stage(config: RunConfig) -> str:
+    """Stage that leaves the teacher's checkpoint."""
+    return "correct" if config.correction.enabled else "import"
+
+
+def _training_stages(name: str, config: RunConfig) -> list[Stage]:
+    """A training run and the evaluation of what it leaves."""
+    training = TRAININGS[name]
+    needs = [training.start or "prune", "data"]
+    if training.distills:
+        needs.insert(0, teacher_stage(config))
+
+    def values(config: RunConfig) -> Values:
+        of_training = _training_values(config, name)
+        return of_training if not training.distills else _recipe_values(config) | of_training
+
+    stage = Stage(name, tuple(dict.fromkeys(needs)), values, _action(name), resumable=True)
+    return [stage, _eval_stage(_evaluated(name))]
+
+
+def _evaluated(training: str) -> str:
+    """The name under which a training run's model is evaluated."""
+    return next(which for which, stage in CHECKPOINT_OF.items() if stage == training)
 
 
 def _eval_stage(which: str) -> Stage:
@@ -99,13 +152,15 @@ def _score_values(config: RunConfig) -> Values:
     return _section(config, "score", drop=("micro_batch_size",)) | _section(config, "precision") | {"seed": config.seed}
 
 
-def _training_values(config: RunConfig) -> Values:
-    values = _values(config.distill.train, "distill.train", _LOGGING_ONLY)
+def _training_values(config: RunConfig, training: str) -> Values:
+    values = _values(settings_of(config, training), "distill.train", _LOGGING_ONLY)
     return values | _section(config, "precision") | {"seed": config.seed}
 
 
-def _distill_values(config: RunConfig) -> Values:
-    return _section(config, "distill", drop=(*_LOGGING_ONLY, "teacher_microbatches")) | _training_values(config)
+def _recipe_values(config: RunConfig) -> Values:
+    """What distillation has beyond any training: losses and teacher."""
+    values = _section(config, "distill", drop=("teacher_microbatches",))
+    return {key: value for key, value in values.items() if not key.startswith("distill.train.")}
 
 
 def _eval_values(config: RunConfig) -> Values:

@@ -5,6 +5,7 @@ from enum import StrEnum
 
 from minitron.config.data import DataConfig
 from minitron.config.distill import DistillConfig
+from minitron.config.line import AblationConfig, ChainStepConfig, CorrectionConfig
 from minitron.config.parallel import ParallelConfig
 from minitron.config.precision import Dtype, PrecisionConfig
 from minitron.config.prune import PruneConfig
@@ -135,6 +136,10 @@ class RunConfig:
     prune: PruneConfig = field(default_factory=PruneConfig)
     distill: DistillConfig = field(default_factory=DistillConfig)
     baseline: BaselineConfig = field(default_factory=BaselineConfig)
+    correction: CorrectionConfig = field(default_factory=CorrectionConfig)
+    ablation: AblationConfig = field(default_factory=AblationConfig)
+    chain: list[ChainStepConfig] = field(default_factory=list)
+    """Steps down, each from the model of the one before; empty is the one step that ``prune`` describes."""
     eval: EvalConfig = field(default_factory=EvalConfig)
     export: ExportConfig = field(default_factory=ExportConfig)
     report: ReportConfig = field(default_factory=ReportConfig)

@@ -4,6 +4,7 @@ from hydra.core.config_store import ConfigStore
 
 from minitron.config.data import DataConfig
 from minitron.config.distill import DistillConfig
+from minitron.config.line import AblationConfig, CorrectionConfig
 from minitron.config.parallel import ParallelConfig
 from minitron.config.precision import PrecisionConfig
 from minitron.config.prune import PruneConfig
@@ -27,6 +28,8 @@ GROUPS: dict[str, type] = {
     "prune": PruneConfig,
     "distill": DistillConfig,
     "baseline": BaselineConfig,
+    "correction": CorrectionConfig,
+    "ablation": AblationConfig,
     "eval": EvalConfig,
     "export": ExportConfig,
     "report": ReportConfig,

@@ -4,31 +4,36 @@ from pathlib import Path
 
 from minitron.checkpoint.folder import copy_side_files
 from minitron.config.precision import PrecisionConfig
+from minitron.config.train import TrainConfig
 from minitron.distill.objective import Distillation
 from minitron.distill.teacher import OnlineTeacher, freeze
 from minitron.errors import ConfigError
 from minitron.models.load import load_gpt
 from minitron.runtime.session import Session
-from minitron.train.run import train_to_folder
+from minitron.train.run import StartingPoint, train_to_folder
 
 
-def distill(session: Session, *, teacher: Path, student: Path, data: Path, out: Path) -> dict[str, float]:
+def distill(
+    session: Session, *, stage: str, teacher: Path, start: StartingPoint, settings: TrainConfig, data: Path, out: Path
+) -> dict[str, float]:
     """Distill the teacher into the student.
 
     Args:
         session: The running job; teacher and student share its layout.
+        stage: Name for the bar and the trackers.
         teacher: Checkpoint folder of the unpruned model.
-        student: Checkpoint folder of the pruned model.
+        start: The student.
+        settings: Batch, schedule, optimizer.
         data: The data folder.
         out: The stage's working folder.
 
     Raises:
         ConfigError: The two models have different vocabularies.
     """
-    settings = session.config.distill
-    precision = PrecisionConfig(dtype=settings.teacher.dtype or session.config.precision.dtype)
+    recipe = session.config.distill
+    precision = PrecisionConfig(dtype=recipe.teacher.dtype or session.config.precision.dtype)
     teacher_gpt, teacher_model = load_gpt(teacher, session, precision=precision)
-    student_gpt, student_model = load_gpt(student, session)
+    student_gpt, student_model = start.load(session)
     if teacher_model.vocab_size != student_model.vocab_size:
         raise ConfigError(
             f"teacher vocab_size={teacher_model.vocab_size} and student vocab_size={student_model.vocab_size} differ; "
@@ -39,19 +44,19 @@ def distill(session: Session, *, teacher: Path, student: Path, data: Path, out: 
         student_model.vocab_size,
         session.groups,
         session.config.parallel.sequence_parallel,
-        settings.cross_entropy,
+        recipe.cross_entropy,
     )
     summary = train_to_folder(
         session,
-        stage="distill",
+        stage=stage,
         gpt=student_gpt,
         model=student_model,
         objective=objective,
-        settings=settings.train,
+        settings=settings,
         data=data,
         out=out,
-        group_size=settings.teacher_microbatches,
+        group_size=recipe.teacher_microbatches,
     )
     if session.is_main:
-        copy_side_files(student, out)
+        copy_side_files(start.folder, out)
     return summary

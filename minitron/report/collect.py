@@ -11,6 +11,7 @@ from minitron.config.model import ModelConfig
 from minitron.data.summary import load_summary
 from minitron.errors import ArtefactError
 from minitron.models.axes import num_embedding_parameters, num_parameters
+from minitron.report.cost import forward_flops, training_flops
 from minitron.report.data import (
     Cost,
     ExportResult,
@@ -83,8 +84,8 @@ def collect(run_dir: Path) -> ReportData:
     metas = _metas(run_dir)
     shapes = {role: read_model_config(run_dir / stage) for role, (stage, _) in _MODELS.items() if stage in metas}
     models = _model_results(run_dir, shapes)
-    distill = _curve(run_dir / "distill")
-    baseline = _curve(run_dir / "baseline") if "baseline" in metas else None
+    distill = read_curve(run_dir / "distill")
+    baseline = read_curve(run_dir / "baseline") if "baseline" in metas else None
     data = load_summary(run_dir / "data")
     same_training, training_notes = _compare_training(metas, distill, baseline)
     return ReportData(
@@ -143,7 +144,7 @@ def _metas(run_dir: Path) -> Metas:
 
 
 def _model_results(run_dir: Path, shapes: dict[Role, ModelConfig]) -> list[ModelResult]:
-    evals = {role: _read_eval(run_dir / _MODELS[role][1]) for role in shapes}
+    evals = {role: read_eval(run_dir / _MODELS[role][1]) for role in shapes}
     teacher, pruned = evals[Role.teacher]["loss"], evals[Role.pruned]["loss"]
     gap = pruned - teacher
     return [
@@ -158,7 +159,12 @@ def _model_results(run_dir: Path, shapes: dict[Role, ModelConfig]) -> list[Model
     ]
 
 
-def _read_eval(folder: Path) -> dict[str, Any]:
+def read_eval(folder: Path) -> dict[str, Any]:
+    """What an eval stage measured.
+
+    Raises:
+        ArtefactError: It cannot be read.
+    """
     path = folder / "eval.json"
     values = _read_json(path, folder.name)
     try:
@@ -167,11 +173,16 @@ def _read_eval(folder: Path) -> dict[str, Any]:
         raise _unreadable(path, folder.name, error) from error
 
 
-def _curve(folder: Path) -> TrainingCurve:
+def read_curve(folder: Path) -> TrainingCurve:
+    """The metrics of a training stage.
+
+    Raises:
+        ArtefactError: There are none, or they cannot be read.
+    """
     records = read_metrics(folder)
     path = folder / METRICS_FILE
     if not records:
-        raise ArtefactError(f"{path} has no records; run `minitron {_VERBS[folder.name]}` again")
+        raise ArtefactError(f"{path} has no records; run that stage again")
     try:
         validated = [r for r in records if r.get("heldout_loss") is not None]
         speeds = [r["tokens_per_s"] for r in records if "tokens_per_s" in r]
@@ -203,10 +214,10 @@ def _cost(shapes: dict[Role, ModelConfig], distill: TrainingCurve, baseline: Tra
     tokens = distill.tokens[-1]
     return Cost(
         tokens=tokens,
-        student_flops=6.0 * student * tokens,
-        teacher_flops=2.0 * teacher * tokens,
+        student_flops=training_flops(student, tokens),
+        teacher_flops=forward_flops(teacher, tokens),
         baseline_tokens=baseline.tokens[-1] if baseline else None,
-        baseline_flops=6.0 * num_parameters(shapes[Role.baseline]) * baseline.tokens[-1] if baseline else None,
+        baseline_flops=training_flops(num_parameters(shapes[Role.baseline]), baseline.tokens[-1]) if baseline else None,
     )
 
 
@@ -275,9 +286,7 @@ def _read_json(path: Path, stage: str) -> dict[str, Any]:
 
 
 def _unreadable(path: Path, stage: str, error: Exception) -> ArtefactError:
-    return ArtefactError(
-        f"{path} cannot be read ({type(error).__name__}: {error}); run `minitron {_VERBS[stage]}` again"
-    )
+    return ArtefactError(f"{path} cannot be read ({type(error).__name__}: {error}); run the stage {stage} again")
 
 
 def _units(text: str) -> list[int]:

@@ -1,6 +1,7 @@
-"""Train a model to the end and write it as a checkpoint folder; and the from-scratch control."""
+"""Train a model to the end and write it as a checkpoint folder; cross-entropy training cross-entropy from any start."""
 
 import shutil
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from minitron.config.model import ModelConfig
 from minitron.config.train import TrainConfig
 from minitron.data.loader import TrainBatches, heldout_batches
 from minitron.models.gpt import build_gpt
+from minitron.models.load import load_gpt
 from minitron.runtime.session import Session
 from minitron.runtime.tracking import MetricsWriter
 from minitron.train.heldout import heldout_loss
@@ -99,38 +101,56 @@ def train_to_folder(
     return summary
 
 
-def train_from_scratch(session: Session, *, shape_of: Path, data: Path, out: Path) -> dict[str, float]:
-    """The control of every distillation: random weights, cross-entropy, the same tokens and schedule.
+@dataclass(frozen=True)
+class StartingPoint:
+    """The model that a training run starts from.
+
+    Attributes:
+        folder: Checkpoint folder: weights and architecture, or the architecture alone.
+        random_weights: Draw the weights instead of loading them: a run from scratch.
+    """
+
+    folder: Path
+    random_weights: bool = False
+
+    def load(self, session: Session) -> tuple[GPTModel, ModelConfig]:
+        """This rank's part of the model, and its architecture."""
+        if not self.random_weights:
+            return load_gpt(self.folder, session)
+        config, groups = session.config, session.groups
+        model = read_model_config(self.folder)
+        # Stages draw different weights; tensor-parallel ranks draw the same full matrix and keep their slice.
+        torch.manual_seed(config.seed + 100 * groups.pp_rank)
+        gpt = build_gpt(model, config.parallel, config.precision, groups, device=session.device, initialize=True)
+        return gpt, model
+
+
+def train_on_text(
+    session: Session, *, stage: str, start: StartingPoint, settings: TrainConfig, data: Path, out: Path
+) -> dict[str, float]:
+    """Cross-entropy: the controls of a distillation, and the correction of a teacher.
 
     Args:
         session: The running job.
-        shape_of: Checkpoint folder whose architecture and side files to take.
+        stage: Name for the bar and the trackers.
+        start: What to train.
+        settings: Batch, schedule, optimizer.
         data: The data folder.
         out: The stage's working folder.
     """
-    model = read_model_config(shape_of)
-    # Stages draw different weights; tensor-parallel ranks draw the same full matrix and keep their slice.
-    torch.manual_seed(session.config.seed + 100 * session.groups.pp_rank)
-    gpt = build_gpt(
-        model,
-        session.config.parallel,
-        session.config.precision,
-        session.groups,
-        device=session.device,
-        initialize=True,
-    )
+    gpt, model = start.load(session)
     summary = train_to_folder(
         session,
-        stage="baseline",
+        stage=stage,
         gpt=gpt,
         model=model,
         objective=CrossEntropy(model.vocab_size, session.groups, session.config.parallel.sequence_parallel),
-        settings=session.config.distill.train,
+        settings=settings,
         data=data,
         out=out,
     )
     if session.is_main:
-        copy_side_files(shape_of, out)
+        copy_side_files(start.folder, out)
     return summary
 
 

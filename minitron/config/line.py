@@ -1,0 +1,94 @@
+"""What the line may do besides its one distillation: correct the teacher, go down in steps, compare recipes."""
+
+import math
+from dataclasses import dataclass, field
+from enum import StrEnum
+
+from minitron.config.prune import PruneConfig
+from minitron.errors import ConfigError
+
+
+@dataclass(kw_only=True)
+class CorrectionConfig:
+    """Teacher correction: the unpruned model is trained on the distillation text before it teaches.
+
+    Pruning still takes the original, which the papers found to be as good (arXiv 2408.11796, figure 5). Batch,
+    warm-up and optimizer are those of ``distill.train``.
+    """
+
+    enabled: bool = False
+    """Correct the teacher, and distill from the result."""
+    num_tokens: int | None = None
+    """Tokens to correct on; null takes ``distill.train.num_tokens``."""
+    lr_scale: float = 0.2
+    """Learning rates relative to ``distill.train``: a fifth of the peak, as in the papers."""
+
+    def __post_init__(self) -> None:
+        """Refuse values that cannot work."""
+        if not (self.lr_scale > 0 and math.isfinite(self.lr_scale)):
+            raise ConfigError(f"correction.lr_scale={self.lr_scale} must be a number above 0, such as 0.2")
+        if self.num_tokens is not None and self.num_tokens < 1:
+            raise ConfigError(f"correction.num_tokens={self.num_tokens} must be at least 1, or null")
+
+
+@dataclass(kw_only=True)
+class AblationConfig:
+    """`minitron ablate`: the recipes of paper 2's figure 6 at equal tokens, and a longer run from scratch."""
+
+    from_scratch_times: float = 4.0
+    """Tokens of the longer from-scratch run, as a multiple of ``distill.train.num_tokens``."""
+    family: list[int] = field(default_factory=list)
+    """Parameter counts of a family of models, largest first, for the FLOPs saved; empty takes teacher and student."""
+
+    def __post_init__(self) -> None:
+        """Refuse values that cannot work."""
+        if not (self.from_scratch_times >= 1 and math.isfinite(self.from_scratch_times)):
+            raise ConfigError(f"ablation.from_scratch_times={self.from_scratch_times} must be at least 1")
+        if self.family and (len(self.family) < 2 or sorted(self.family, reverse=True) != list(self.family)):
+            raise ConfigError(
+                f"ablation.family={list(self.family)} must list at least two parameter counts, the largest first"
+            )
+
+
+class Ancestor(StrEnum):
+    """A model that a step of a chain builds on."""
+
+    original = "original"
+    previous = "previous"
+
+
+@dataclass(kw_only=True)
+class ChainStepConfig:
+    """One step down of a chain such as 15B -> 8B -> 4B."""
+
+    name: str = ""
+    """Folder of the step inside the run's."""
+    prune: PruneConfig = field(default_factory=PruneConfig)
+    """Target shape of the step."""
+    source: Ancestor = Ancestor.previous
+    """What is scored and pruned: the model that the step before left, or the original."""
+    teacher: Ancestor = Ancestor.original
+    """What teaches: the original (corrected, with correction.enabled), which the papers found to be the better one,
+    or the model that the step before left."""
+    num_tokens: int | None = None
+    """Tokens of the step; null takes ``distill.train.num_tokens``."""
+
+
+def check_chain(chain: list[ChainStepConfig], stages: set[str]) -> None:
+    """Check the names of a chain's steps.
+
+    Args:
+        chain: The steps.
+        stages: Names that stages of the line have.
+
+    Raises:
+        ConfigError: A step without a usable name, or two of one name.
+    """
+    for number, step in enumerate(chain):
+        if not step.name or "/" in step.name or step.name.startswith("."):
+            raise ConfigError(f"chain.{number}.name={step.name!r} must be a plain folder name, such as 8b")
+        if step.name in stages:
+            raise ConfigError(f"chain.{number}.name={step.name!r} is the name of a stage; choose another")
+    names = [step.name for step in chain]
+    if len(set(names)) < len(names):
+        raise ConfigError(f"chain has two steps of one name ({', '.join(names)}); name each once")

@@ -1,0 +1,244 @@
+"""`minitron ablate`: the recipes side by side, and what pruning with distillation saves."""
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from matplotlib.figure import Figure
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from minitron.checkpoint.folder import read_model_config
+from minitron.config.run import RunConfig
+from minitron.config.trainings import ABLATION, TRAININGS
+from minitron.models.axes import num_parameters
+from minitron.report import figure as look
+from minitron.report import format as fmt
+from minitron.report.collect import read_curve, read_eval
+from minitron.report.cost import family_saving, forward_flops, training_flops
+from minitron.report.data import TrainingCurve
+from minitron.runtime.artefact import RunFolder, storage_error, write_json
+
+JSON_FILE, TABLE_FILE, PLOT_FILE = "ablation.json", "ablation.md", "ablation.png"
+_BEST, _SCRATCH = "distill", "scratch_long"
+_STYLES = {
+    "distill": (look.BLUE, "o", "-"),
+    "random_pruned_kd": (look.GREEN, "^", "-"),
+    "pruned_ce": (look.RED, "v", "--"),
+    "random_init_kd": (look.GREY, "D", "-"),
+    "baseline": (look.ORANGE, "s", "--"),
+    "scratch_long": (look.INK, ".", ":"),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """One training run of the comparison.
+
+    Attributes:
+        name: Its stage.
+        label: What it is.
+        num_tokens: Tokens it was trained on.
+        loss: Held-out loss at the end, nats per token.
+        flops: Training FLOPs, the teacher's forward pass included where there is one.
+        curve: Held-out loss during training.
+    """
+
+    name: str
+    label: str
+    num_tokens: int
+    loss: float
+    flops: float
+    curve: TrainingCurve
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenSaving:
+    """Tokens from scratch over tokens of pruning and distillation, for one loss.
+
+    Attributes:
+        loss: Held-out loss during training that pruning and distillation ends with.
+        num_tokens: Tokens it took.
+        scratch_tokens: Tokens after which the run from scratch is as low; all of its tokens if it never is.
+        is_bound: The run from scratch never got there: the ratio is a lower bound.
+    """
+
+    loss: float
+    num_tokens: int
+    scratch_tokens: int
+    is_bound: bool
+
+    @property
+    def ratio(self) -> float:
+        """The saving."""
+        return self.scratch_tokens / self.num_tokens
+
+    @property
+    def text(self) -> str:
+        """As people read it."""
+        return f"{'more than ' if self.is_bound else ''}{self.ratio:.1f}x"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ablation:
+    """The comparison.
+
+    Attributes:
+        recipes: In the order of the table.
+        teacher_loss: Held-out loss of the teacher.
+        pruned_loss: Held-out loss of the pruned model before any retraining.
+        saving: Tokens saved.
+        family: Parameters of a family, the largest first.
+        family_saving: FLOPs saved over the family; a lower bound where the token saving is one.
+    """
+
+    recipes: list[Recipe]
+    teacher_loss: float
+    pruned_loss: float
+    saving: TokenSaving
+    family: list[int]
+    family_saving: float
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON-ready values."""
+        return {**asdict(self), "token_saving": self.saving.ratio}
+
+
+def token_saving(distilled: TrainingCurve, scratch: TrainingCurve) -> TokenSaving:
+    """Compare two runs by the tokens they need for the loss that the first ends with.
+
+    Args:
+        distilled: Pruning and distillation.
+        scratch: A longer run from random weights, validated on the same held-out text.
+    """
+    loss, num_tokens = distilled.heldout_loss[-1], distilled.heldout_tokens[-1]
+    points = zip(scratch.heldout_tokens, scratch.heldout_loss, strict=True)
+    reached = [tokens for tokens, at in points if at <= loss]
+    return TokenSaving(
+        loss=loss,
+        num_tokens=num_tokens,
+        scratch_tokens=reached[0] if reached else scratch.heldout_tokens[-1],
+        is_bound=not reached,
+    )
+
+
+def collect_ablation(run: RunFolder, config: RunConfig) -> Ablation:
+    """Read the finished runs.
+
+    Args:
+        run: The run's folder, with every stage of `ABLATION` and its evaluation.
+        config: The run's configuration.
+
+    Raises:
+        ArtefactError: A stage is missing or cannot be read.
+    """
+    student = num_parameters(read_model_config(run.stage("prune")))
+    teacher = num_parameters(read_model_config(run.stage("import")))
+    recipes = [_recipe(run, name, student=student, teacher=teacher) for name in ABLATION]
+    curves = {recipe.name: recipe.curve for recipe in recipes}
+    saving = token_saving(curves[_BEST], curves[_SCRATCH])
+    family = list(config.ablation.family) or [teacher, student]
+    return Ablation(
+        recipes=recipes,
+        teacher_loss=read_eval(run.stage("eval_teacher"))["loss"],
+        pruned_loss=read_eval(run.stage("eval_pruned"))["loss"],
+        saving=saving,
+        family=family,
+        family_saving=family_saving(family, saving.ratio, count_teacher=True),
+    )
+
+
+def write_ablation(run: RunFolder, config: RunConfig, out: Path) -> Ablation:
+    """Write the comparison: JSON, a table in Markdown, a plot.
+
+    Args:
+        run: The run's folder.
+        config: The run's configuration.
+        out: Where to write.
+
+    Raises:
+        ArtefactError: A stage is missing, or ``out`` cannot be written.
+    """
+    ablation = collect_ablation(run, config)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        (out / PLOT_FILE).write_bytes(look.png_bytes(plot_ablation(ablation)))
+        (out / TABLE_FILE).write_text(markdown(ablation), encoding="utf-8")
+        write_json(out / JSON_FILE, ablation.to_dict())
+    except OSError as error:
+        raise storage_error(error, out) from error
+    return ablation
+
+
+def rows(ablation: Ablation) -> list[tuple[str, str, str, str]]:
+    """The table's cells: recipe, tokens, held-out loss, training FLOPs."""
+    ranked = sorted(ablation.recipes, key=lambda recipe: recipe.loss)
+    return [(r.label, fmt.count(r.num_tokens), fmt.nats(r.loss), f"{r.flops:.2e}") for r in ranked]
+
+
+def summary(ablation: Ablation) -> list[str]:
+    """The claim in sentences, with what it rests on."""
+    saving = ablation.saving
+    never = "not within" if saving.is_bound else "after"
+    bound = "at least " if saving.is_bound else ""
+    family = ", ".join(fmt.count(size) for size in ablation.family)
+    losses = f"Teacher {fmt.nats(ablation.teacher_loss)}, pruned and not retrained {fmt.nats(ablation.pruned_loss)}"
+    tokens = (
+        f"Token saving: {saving.text}. Pruning + distillation reaches {fmt.nats(saving.loss)} in "
+        f"{fmt.count(saving.num_tokens)} tokens, the run from scratch {never} {fmt.count(saving.scratch_tokens)}."
+    )
+    flops = (
+        f"Training FLOPs of the family {family}: {bound}{ablation.family_saving:.2f}x fewer than all from scratch, "
+        "the teacher's forward passes counted."
+    )
+    return [f"{losses} nats/token.", tokens, flops]
+
+
+def markdown(ablation: Ablation) -> str:
+    """The table and the claim, for a page."""
+    head = "| recipe | tokens | held-out loss, nats/token | training FLOPs |\n|---|---|---|---|\n"
+    body = "".join(f"| {' | '.join(row)} |\n" for row in rows(ablation))
+    return head + body + "\n" + "\n".join(f"- {line}" for line in summary(ablation)) + "\n"
+
+
+def print_ablation(ablation: Ablation, folder: Path, console: Console) -> None:
+    """Print the table, the claim, and where the plot is."""
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    table.add_column("recipe", no_wrap=True)
+    for heading in ("tokens", "loss", "FLOPs"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for row in rows(ablation):
+        table.add_row(*row)
+    console.print(table)
+    for line in summary(ablation):
+        console.print(line, markup=False, highlight=False)
+    console.print(f"plot: {folder / PLOT_FILE}", soft_wrap=True, markup=False, highlight=False)
+
+
+def plot_ablation(ablation: Ablation) -> Figure:
+    """Held-out loss of every recipe against its tokens, tokens on a logarithmic axis."""
+    figure = look.new_figure(5.2, "Recipes: held-out loss against tokens")
+    axes = figure.subplots()
+    for recipe in ablation.recipes:
+        colour, marker, line = _STYLES[recipe.name]
+        label = f"{recipe.label} ({fmt.nats(recipe.loss)})"
+        curve = recipe.curve
+        axes.plot(curve.heldout_tokens, curve.heldout_loss, line, marker=marker, color=colour, label=label)
+    axes.axhline(ablation.teacher_loss, color=look.GREEN, linestyle="-.", linewidth=1.4, label="teacher")
+    axes.set_xscale("log")
+    look.tidy(axes, "tokens trained on", "held-out loss (nats/token)")
+    look.token_axis(axes)
+    look.legend(axes, columns=2)
+    return figure
+
+
+def _recipe(run: RunFolder, name: str, *, student: int, teacher: int) -> Recipe:
+    training, curve = TRAININGS[name], read_curve(run.stage(name))
+    num_tokens = curve.tokens[-1]
+    flops = training_flops(student, num_tokens)
+    if training.distills:
+        flops += forward_flops(teacher, num_tokens)
+    evaluated = "eval_distilled" if name == _BEST else f"eval_{name}"
+    loss = float(read_eval(run.stage(evaluated))["loss"])
+    return Recipe(name=name, label=training.label, num_tokens=num_tokens, loss=loss, flops=flops, curve=curve)
