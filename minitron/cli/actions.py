@@ -9,7 +9,7 @@ import torch
 
 from minitron.checkpoint.folder import is_checkpoint_folder, read_model_config
 from minitron.cli.exporting import export
-from minitron.cli.stages import CHECKPOINT_OF, random_ranking, teacher_stage
+from minitron.cli.stages import CHECKPOINT_OF, random_ranking
 from minitron.config.compose import to_yaml
 from minitron.config.run import SourceKind
 from minitron.config.trainings import TRAININGS, settings_of
@@ -130,14 +130,14 @@ def _identity_of(session: Session, stage: str) -> str:
 
 def _score(session: Session, out: Path) -> Values:
     run = session.run
-    source_id = _identity_of(session, "import")
-    return dict(score(session, model=run.stage("import"), source_id=source_id, data=run.stage("data"), out=out))
+    source_id = _identity_of(session, "source")
+    return dict(score(session, model=run.stage("source"), source_id=source_id, data=run.stage("data"), out=out))
 
 
 def _prune(session: Session, out: Path) -> Values:
     run = session.run
-    source_id = _identity_of(session, "import")
-    return prune(session, model=run.stage("import"), source_id=source_id, scores=run.stage("score"), out=out)
+    source_id = _identity_of(session, "source")
+    return prune(session, model=run.stage("source"), source_id=source_id, scores=run.stage("score"), out=out)
 
 
 def _prune_random(session: Session, out: Path) -> Values:
@@ -150,7 +150,7 @@ def _train(stage: str, session: Session, out: Path) -> Values:
     start = StartingPoint(run.stage(training.start or "prune"), random_weights=training.start is None)
     settings, data = settings_of(session.config, stage), run.stage("data")
     if training.distills:
-        teacher = run.stage(teacher_stage(session.config))
+        teacher = run.stage("teacher")
         summary = distill(session, stage=stage, teacher=teacher, start=start, settings=settings, data=data, out=out)
     else:
         summary = train_on_text(session, stage=stage, start=start, settings=settings, data=data, out=out)
@@ -169,7 +169,7 @@ def _report(session: Session, out: Path) -> Values:
             "hidden": np.sum(scores.hidden, axis=0),
             "layer": width.layer,
         }
-        write_report(session.run.path, out, importance, to_yaml(session.config))
+        write_report(session.run, out, importance, to_yaml(session.config))
     return {}
 
 

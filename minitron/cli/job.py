@@ -4,7 +4,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from minitron.cli.stages import CHECKPOINT_OF, stages_of
+from minitron.cli.stages import lines_of, stages_of
 from minitron.cli.worker import run_rank
 from minitron.config.compose import load_resolved, to_yaml
 from minitron.config.model import ModelConfig
@@ -64,31 +64,44 @@ def run_job(verb: str, config: RunConfig) -> int:
 
 def wanted_stages(verb: str, config: RunConfig) -> list[str]:
     """The stages a verb runs."""
-    names = [stage.name for stage in stages_of(config)]
+    stages = [stage for stage in stages_of(config) if stage.name != "eval_checkpoint"]
+    names = [stage.name for stage in stages]
     match verb:
-        case "compress":
-            return names[: names.index("report") + 1]
+        case "compress":  # to the last report: what an ablation needs beside comes after it
+            return names[: max(number for number, name in enumerate(names) if _verb_name(name) == "report") + 1]
         case "ablate":
             if "ablation" not in names:
-                raise ConfigError("minitron ablate compares with the baseline; set baseline.enabled=true")
-            return [name for name in names if name not in ("export", "report", "eval_checkpoint")]
-        case "train":
-            wanted: list[str] = [name for name in ("correct", "baseline") if name in names][:1]
-            if not wanted:
                 raise ConfigError(
-                    "minitron train has nothing to train: set correction.enabled=true to correct the teacher, or "
-                    "baseline.enabled=true for the control from random weights"
+                    "minitron ablate compares recipes of one step, the baseline among them; set chain=[] and "
+                    "baseline.enabled=true"
                 )
-            return wanted
+            return [name for name in names if name not in ("export", "report")]
+        case "train":
+            return _wanted_training(names)
         case "eval":
-            chosen = ["eval_teacher"]
             if config.eval.checkpoint:
-                return [*chosen, "eval_checkpoint"]
+                return ["eval_teacher", "eval_checkpoint"]
             run = RunFolder(Path(config.runs_dir) / config.name)
-            done = [which for which, made_by in CHECKPOINT_OF.items() if run.meta(made_by) is not None]
-            return [*chosen, *(f"eval_{which}" for which in done if which != "teacher")]
+            evals = [stage for stage in stages if _verb_name(stage.name).startswith("eval_")]
+            return [s.name for s in evals if s.name == "eval_teacher" or run.meta(s.needs[0]) is not None]
         case _:
-            return [verb]
+            return [name for name in names if _verb_name(name) == verb]
+
+
+def _verb_name(stage: str) -> str:
+    """A stage's name without the step of a chain that it belongs to."""
+    return stage.rsplit("/", 1)[-1]
+
+
+def _wanted_training(names: list[str]) -> list[str]:
+    """What `minitron train` trains."""
+    for training in ("correct", "baseline"):
+        if wanted := [name for name in names if _verb_name(name) == training]:
+            return wanted
+    raise ConfigError(
+        "minitron train has nothing to train: set correction.enabled=true to correct the teacher, or "
+        "baseline.enabled=true for the control from random weights"
+    )
 
 
 def check_models(config: RunConfig) -> None:
@@ -100,9 +113,12 @@ def check_models(config: RunConfig) -> None:
         LayoutError: The layout cannot split one of the two.
     """
     source = source_model(config)
-    target = check_target(source, config.prune)
     check_layout(source, config.parallel, who="teacher")
-    check_layout(target, config.parallel, who="student")
+    students: dict[str, ModelConfig] = {}
+    for line in lines_of(config):
+        before = students[line.source.step] if line.source else source
+        students[line.step] = check_target(before, line.config.prune)
+        check_layout(students[line.step], config.parallel, who=f"student {line.step}".rstrip())
     longest = min(source.max_position_embeddings, source.sliding_window or source.max_position_embeddings)
     if config.data.seq_length > longest:
         raise ModelError(
@@ -142,8 +158,8 @@ def _show_end(run: RunFolder, wanted: list[str], config: RunConfig, console: Con
         from minitron.report.ablation import collect_ablation, print_ablation
 
         print_ablation(collect_ablation(run, config), run.stage("ablation"), console)
-    if "report" in wanted:
+    for report in (name for name in wanted if _verb_name(name) == "report"):
         from minitron.report.data import load_report
         from minitron.report.table import print_table
 
-        print_table(load_report(run.stage("report")), console)
+        print_table(load_report(run.stage(report)), console)

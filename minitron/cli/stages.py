@@ -2,18 +2,20 @@
 
 import hashlib
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from minitron.checkpoint.folder import is_checkpoint_folder
 from minitron.config.compose import flat_values
+from minitron.config.line import Ancestor
 from minitron.config.prune import Ranking
 from minitron.config.run import RunConfig, SourceKind
-from minitron.config.trainings import ABLATION, TRAININGS, settings_of
+from minitron.config.trainings import ABLATION, TRAININGS, in_step, settings_of
 from minitron.data.sources import source_fingerprint as text_fingerprint
 from minitron.models.hf_import import source_fingerprint as model_fingerprint
 from minitron.pipeline import Stage
+from minitron.runtime.artefact import RunFolder
 
 if TYPE_CHECKING:
     from minitron.runtime.session import Session
@@ -33,10 +35,68 @@ CHECKPOINT_OF = {
 """Stage that leaves the checkpoint of each evaluated model."""
 
 
+_SHARED = ("import", "data", "eval_teacher", "correct", "eval_corrected", "eval_checkpoint")
+"""Stages that all steps of a chain read."""
+
+
+@dataclass(frozen=True)
+class Line:
+    """One way down from a source to a smaller model; a chain has one for each step.
+
+    Attributes:
+        config: The run's configuration, as this step has it.
+        step: Name of the step; empty in a run of one step.
+        source: The step whose student is scored and pruned; None for the original.
+        teacher: The step whose student teaches; None for the original, corrected or not.
+    """
+
+    config: RunConfig
+    step: str = ""
+    source: "Line | None" = None
+    teacher: "Line | None" = None
+
+    def place(self, stage: str) -> str:
+        """Where a stage lies in the run folder; ``source`` and ``teacher`` are names of roles."""
+        if stage == "source":
+            return self.source.place("distill") if self.source else "import"
+        if stage == "teacher":
+            original = "correct" if self.config.correction.enabled else "import"
+            return self.teacher.place("distill") if self.teacher else original
+        return stage if stage in _SHARED or not self.step else f"steps/{self.step}/{stage}"
+
+    def stage(self, stage: Stage) -> Stage:
+        """A stage as it is in this line."""
+
+        def run(session: "Session", out: Path) -> Values:
+            folder = RunFolder(session.run.path, self.place)
+            return stage.run(replace(session, config=self.config, run=folder), out)
+
+        return replace(
+            stage,
+            name=self.place(stage.name),
+            needs=tuple(dict.fromkeys(map(self.place, stage.needs))),
+            values=lambda _: stage.values(self.config),
+            outside=lambda _: stage.outside(self.config),
+            run=run,
+        )
+
+
+def lines_of(config: RunConfig) -> list[Line]:
+    """The steps of a run: one, or those of its chain."""
+    if not config.chain:
+        return [Line(config)]
+    lines: list[Line] = []
+    for step in config.chain:
+        previous = lines[-1] if lines else None
+        source = previous if step.source is Ancestor.previous else None
+        teacher = previous if step.teacher is Ancestor.previous else None
+        lines.append(Line(in_step(config, step), step.name, source, teacher))
+    return lines
+
+
 def stages_of(config: RunConfig) -> list[Stage]:
-    """The stages of one line, each after those it needs; a verb runs some of them."""
-    evaluations = ["eval_teacher", "eval_pruned", "eval_distilled"]
-    return [
+    """Every stage of a run, each after those it needs; a verb runs some of them."""
+    shared = [
         Stage("import", (), _source_values, _action("import"), outside=_model_outside),
         Stage(
             "data",
@@ -46,17 +106,27 @@ def stages_of(config: RunConfig) -> list[Stage]:
             outside=_text_outside,
         ),
         _eval_stage("teacher"),
-        *(_training_stages("correct", config) if config.correction.enabled else []),
-        Stage("score", ("import", "data"), _score_values, _action("score")),
+        *(_training_stages("correct") if config.correction.enabled else []),
+        Stage("eval_checkpoint", ("data",), _eval_values, _action("eval_checkpoint"), outside=_checkpoint_outside),
+    ]
+    whole = Line(config)
+    stages = [whole.stage(stage) for stage in shared]
+    stages += [line.stage(stage) for line in lines_of(config) for stage in _line_stages(line.config)]
+    return stages if config.chain else stages + [whole.stage(stage) for stage in _ablation_stages(config)]
+
+
+def _line_stages(config: RunConfig) -> list[Stage]:
+    """The stages of one step."""
+    evaluations = ["eval_teacher", "eval_pruned", "eval_distilled"]
+    needs_scores = config.prune.ranking is Ranking.importance
+    return [
+        Stage("score", ("source", "data"), _score_values, _action("score")),
         Stage(
-            "prune",
-            ("import", *(["score"] if config.prune.ranking is Ranking.importance else [])),
-            lambda c: _section(c, "prune"),
-            _action("prune"),
+            "prune", ("source", *(["score"] if needs_scores else [])), lambda c: _section(c, "prune"), _action("prune")
         ),
         _eval_stage("pruned"),
-        *_training_stages("distill", config),
-        *(_training_stages("baseline", config) if config.baseline.enabled else []),
+        *_training_stages("distill"),
+        *(_training_stages("baseline") if config.baseline.enabled else []),
         Stage("export", ("distill", "data"), lambda c: _section(c, "export"), _action("export")),
         Stage(
             "report",
@@ -64,8 +134,6 @@ def stages_of(config: RunConfig) -> list[Stage]:
             lambda c: {},
             _action("report"),
         ),
-        Stage("eval_checkpoint", ("data",), _eval_values, _action("eval_checkpoint"), outside=_checkpoint_outside),
-        *_ablation_stages(config),
     ]
 
 
@@ -75,8 +143,8 @@ def _ablation_stages(config: RunConfig) -> list[Stage]:
         return []
     others = [name for name in ABLATION if name not in ("distill", "baseline")]
     return [
-        Stage("prune_random", ("import",), lambda c: _section(random_ranking(c), "prune"), _action("prune_random")),
-        *(stage for name in others for stage in _training_stages(name, config)),
+        Stage("prune_random", ("source",), lambda c: _section(random_ranking(c), "prune"), _action("prune_random")),
+        *(stage for name in others for stage in _training_stages(name)),
         Stage(
             "ablation",
             ("eval_teacher", "eval_pruned", *(f"eval_{_evaluated(name)}" for name in ABLATION)),
@@ -91,23 +159,17 @@ def random_ranking(config: RunConfig) -> RunConfig:
     return replace(config, prune=replace(config.prune, ranking=Ranking.random))
 
 
-def teacher_stage(config: RunConfig) -> str:
-    """Stage that leaves the teacher's checkpoint."""
-    return "correct" if config.correction.enabled else "import"
-
-
-def _training_stages(name: str, config: RunConfig) -> list[Stage]:
+def _training_stages(name: str) -> list[Stage]:
     """A training run and the evaluation of what it leaves."""
     training = TRAININGS[name]
     needs = [training.start or "prune", "data"]
-    if training.distills:
-        needs.insert(0, teacher_stage(config))
 
     def values(config: RunConfig) -> Values:
-        of_training = _training_values(config, name)
-        return of_training if not training.distills else _recipe_values(config) | of_training
+        return _training_values(config, name) | (_recipe_values(config) if training.distills else {})
 
-    stage = Stage(name, tuple(dict.fromkeys(needs)), values, _action(name), resumable=True)
+    if training.distills:
+        needs.insert(0, "teacher")
+    stage = Stage(name, tuple(needs), values, _action(name), resumable=True)
     return [stage, _eval_stage(_evaluated(name))]
 
 

@@ -1,6 +1,7 @@
 """What the line may do besides its one distillation: correct the teacher, go down in steps, compare recipes."""
 
 import math
+import re
 from dataclasses import dataclass, field
 from enum import StrEnum
 
@@ -74,21 +75,15 @@ class ChainStepConfig:
     """Tokens of the step; null takes ``distill.train.num_tokens``."""
 
 
-def check_chain(chain: list[ChainStepConfig], stages: set[str]) -> None:
-    """Check the names of a chain's steps.
-
-    Args:
-        chain: The steps.
-        stages: Names that stages of the line have.
+def check_chain(chain: list[ChainStepConfig]) -> None:
+    """Check the names of a chain's steps, which become folders.
 
     Raises:
         ConfigError: A step without a usable name, or two of one name.
     """
     for number, step in enumerate(chain):
-        if not step.name or "/" in step.name or step.name.startswith("."):
+        if not re.fullmatch(r"\w[\w.-]*", step.name):
             raise ConfigError(f"chain.{number}.name={step.name!r} must be a plain folder name, such as 8b")
-        if step.name in stages:
-            raise ConfigError(f"chain.{number}.name={step.name!r} is the name of a stage; choose another")
     names = [step.name for step in chain]
     if len(set(names)) < len(names):
         raise ConfigError(f"chain has two steps of one name ({', '.join(names)}); name each once")

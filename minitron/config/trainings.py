@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, replace
 
+from minitron.config.line import ChainStepConfig
 from minitron.config.run import RunConfig
 from minitron.config.train import TrainConfig
 
@@ -55,3 +56,9 @@ def settings_of(config: RunConfig, stage: str) -> TrainConfig:
             min_lr=scale * train.min_lr,
         )
     return train
+
+
+def in_step(config: RunConfig, step: ChainStepConfig) -> RunConfig:
+    """The run as one step of its chain has it."""
+    train = replace(config.distill.train, num_tokens=step.num_tokens or config.distill.train.num_tokens)
+    return replace(config, prune=step.prune, distill=replace(config.distill, train=train), chain=[])

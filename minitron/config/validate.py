@@ -1,7 +1,9 @@
 """Rules that span several sections of a run. Each raises one error that says what to change."""
 
+from minitron.config.line import check_chain
 from minitron.config.run import RunConfig, SourceKind
 from minitron.config.train import check_train
+from minitron.config.trainings import in_step, settings_of
 from minitron.errors import ConfigError
 
 
@@ -15,6 +17,12 @@ def validate(run: RunConfig) -> None:
     _check_ranges(run)
     seq_length = run.data.seq_length
     check_train(run.distill.train, run.parallel, seq_length=seq_length, who="distill.train")
+    if run.correction.enabled:
+        check_train(settings_of(run, "correct"), run.parallel, seq_length=seq_length, who="correction")
+    check_chain(run.chain)
+    for number, step in enumerate(run.chain):
+        train = in_step(run, step).distill.train
+        check_train(train, run.parallel, seq_length=seq_length, who=f"chain.{number} ({step.name})")
     for name, tokens in (("eval.num_tokens", run.eval.num_tokens), ("distill.train.eval_tokens", _eval_tokens(run))):
         if tokens < seq_length:
             raise ConfigError(f"{name}={tokens} is less than one sequence of data.seq_length={seq_length} tokens")

@@ -189,8 +189,8 @@ def summary(ablation: Ablation) -> list[str]:
         f"{fmt.count(saving.num_tokens)} tokens, the run from scratch {never} {fmt.count(saving.scratch_tokens)}."
     )
     flops = (
-        f"Training FLOPs of the family {family}: {bound}{ablation.family_saving:.2f}x fewer than all from scratch, "
-        "the teacher's forward passes counted."
+        f"Training FLOPs of the family {family}, all from scratch over the smaller ones distilled: "
+        f"{bound}{ablation.family_saving:.2f}x, the teacher's forward passes counted."
     )
     return [f"{losses} nats/token.", tokens, flops]
 

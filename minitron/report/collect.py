@@ -30,6 +30,8 @@ _VERBS = {
     "import": "import",
     "data": "data",
     "eval_teacher": "eval",
+    "correct": "train",
+    "eval_corrected": "eval",
     "score": "score",
     "prune": "prune",
     "eval_pruned": "eval",
@@ -39,10 +41,11 @@ _VERBS = {
     "eval_baseline": "eval",
     "export": "export",
 }
-_OPTIONAL = ("score", "baseline", "eval_baseline")
+_OPTIONAL = ("correct", "eval_corrected", "score", "baseline", "eval_baseline")
 _CONTROL = ("baseline", "eval_baseline")
 _MODELS = {  # role -> stages with its checkpoint and its evaluation
     Role.teacher: ("import", "eval_teacher"),
+    Role.corrected: ("correct", "eval_corrected"),
     Role.pruned: ("prune", "eval_pruned"),
     Role.distilled: ("distill", "eval_distilled"),
     Role.baseline: ("baseline", "eval_baseline"),
@@ -70,51 +73,51 @@ class Kept:
     heads: list[list[int]]
 
 
-def collect(run_dir: Path) -> ReportData:
+def collect(run: RunFolder) -> ReportData:
     """Read everything but the scores.
 
     Args:
-        run_dir: ``<runs_dir>/<name>``.
+        run: The run, or one step of a chain.
 
     Raises:
         ArtefactError: A stage the report needs is not done, or one of its files cannot be read.
         DataError: The same, for the data folder.
         CheckpointError: The same, for a ``model.json``.
     """
-    metas = _metas(run_dir)
-    shapes = {role: read_model_config(run_dir / stage) for role, (stage, _) in _MODELS.items() if stage in metas}
-    models = _model_results(run_dir, shapes)
-    distill = read_curve(run_dir / "distill")
-    baseline = read_curve(run_dir / "baseline") if "baseline" in metas else None
-    data = load_summary(run_dir / "data")
+    metas = _metas(run)
+    shapes = {role: read_model_config(run.stage(stage)) for role, (stage, _) in _MODELS.items() if stage in metas}
+    models = _model_results(run, shapes)
+    distill = read_curve(run.stage("distill"))
+    baseline = read_curve(run.stage("baseline")) if "baseline" in metas else None
+    data = load_summary(run.stage("data"))
     same_training, training_notes = _compare_training(metas, distill, baseline)
     return ReportData(
-        run_dir=run_dir,
-        model_name=_model_name(run_dir, metas["import"]),
+        run_dir=run.stage("report").parent,
+        model_name=_model_name(run, metas["import"]),
         models=models,
         distill=distill,
         baseline=baseline,
         same_training=same_training,
-        prune=_prune_result(run_dir, metas["prune"]),
+        prune=_prune_result(run, metas["prune"]),
         data={"train": data.train, "heldout": data.heldout},
         stages=[
             StageTime(name=stage, seconds=float(meta["seconds"]), finished=meta["finished"])
             for stage, meta in metas.items()
         ],
         cost=_cost(shapes, distill, baseline),
-        export=_export_result(run_dir / "export", metas["export"]),
+        export=_export_result(run.stage("export"), metas["export"]),
         environment=metas["distill"]["environment"],
         notes=[*_eval_notes(models), *training_notes, *_environment_notes(metas)],
     )
 
 
-def read_kept(run_dir: Path) -> Kept:
+def read_kept(run: RunFolder) -> Kept:
     """Read the kept units from the prune spec.
 
     Raises:
         ArtefactError: It cannot be read.
     """
-    path = run_dir / "prune" / "prune_spec.json"
+    path = run.stage("prune") / "prune_spec.json"
     spec = _read_json(path, "prune")
     try:
         return Kept(
@@ -127,24 +130,23 @@ def read_kept(run_dir: Path) -> Kept:
         raise _unreadable(path, "prune", error) from error
 
 
-def _metas(run_dir: Path) -> Metas:
+def _metas(run: RunFolder) -> Metas:
     """Metadata of every finished stage, in the order of the line; the control is there whole or not at all."""
-    if not run_dir.is_dir():
-        raise ArtefactError(f"no run folder {run_dir}; run `minitron compress name={run_dir.name}` first")
-    folder = RunFolder(run_dir)
-    found = {stage: folder.meta(stage) for stage in _VERBS}
+    if not run.path.is_dir():
+        raise ArtefactError(f"no run folder {run.path}; run `minitron compress name={run.path.name}` first")
+    found = {stage: run.meta(stage) for stage in _VERBS}
     for stage, meta in found.items():
         if meta is None and stage not in _OPTIONAL:
             raise ArtefactError(
-                f"{run_dir} has no finished stage {stage!r}, which the report needs; run `minitron {_VERBS[stage]}`, "
-                f"or `minitron compress name={run_dir.name}`, which runs all that is missing"
+                f"{run.path} has no finished stage {stage!r}, which the report needs; run `minitron {_VERBS[stage]}`, "
+                f"or `minitron compress name={run.path.name}`, which runs all that is missing"
             )
     has_control = all(found[stage] is not None for stage in _CONTROL)
     return {stage: meta for stage, meta in found.items() if meta is not None and (has_control or stage not in _CONTROL)}
 
 
-def _model_results(run_dir: Path, shapes: dict[Role, ModelConfig]) -> list[ModelResult]:
-    evals = {role: read_eval(run_dir / _MODELS[role][1]) for role in shapes}
+def _model_results(run: RunFolder, shapes: dict[Role, ModelConfig]) -> list[ModelResult]:
+    evals = {role: read_eval(run.stage(_MODELS[role][1])) for role in shapes}
     teacher, pruned = evals[Role.teacher]["loss"], evals[Role.pruned]["loss"]
     gap = pruned - teacher
     return [
@@ -182,7 +184,7 @@ def read_curve(folder: Path) -> TrainingCurve:
     records = read_metrics(folder)
     path = folder / METRICS_FILE
     if not records:
-        raise ArtefactError(f"{path} has no records; run that stage again")
+        raise ArtefactError(f"{path} has no records; run `minitron {_verb(folder.name)}` again")
     try:
         validated = [r for r in records if r.get("heldout_loss") is not None]
         speeds = [r["tokens_per_s"] for r in records if "tokens_per_s" in r]
@@ -199,11 +201,11 @@ def read_curve(folder: Path) -> TrainingCurve:
         raise _unreadable(path, folder.name, error) from error
 
 
-def _prune_result(run_dir: Path, meta: dict[str, Any]) -> PruneResult:
+def _prune_result(run: RunFolder, meta: dict[str, Any]) -> PruneResult:
     return PruneResult(
-        source=read_model_config(run_dir / "import"),
-        target=read_model_config(run_dir / "prune"),
-        kept_layers=read_kept(run_dir).layers,
+        source=read_model_config(run.stage("source")),
+        target=read_model_config(run.stage("prune")),
+        kept_layers=read_kept(run).layers,
         ranking=meta["values"].get("prune.ranking"),
         aggregation=meta["values"].get("prune.aggregation"),
     )
@@ -231,13 +233,13 @@ def _export_result(folder: Path, meta: dict[str, Any]) -> ExportResult:
     )
 
 
-def _model_name(run_dir: Path, meta: dict[str, Any]) -> str:
+def _model_name(run: RunFolder, meta: dict[str, Any]) -> str:
     """What the import stage calls the model, else the source's own name for itself, else the run's name."""
     if meta["summary"].get("name"):
         return str(meta["summary"]["name"])
-    path = run_dir / "import" / "hf" / "config.json"
+    path = run.stage("import") / "hf" / "config.json"
     name = _read_json(path, "import").get("_name_or_path") if path.is_file() else None
-    return str(name or run_dir.name)
+    return str(name or run.path.name)
 
 
 def _compare_training(metas: Metas, distill: TrainingCurve, baseline: TrainingCurve | None) -> tuple[bool, list[str]]:
@@ -285,8 +287,15 @@ def _read_json(path: Path, stage: str) -> dict[str, Any]:
     return values
 
 
+def _verb(stage: str) -> str:
+    """The verb that runs a stage alone; those that only an ablation has are its own."""
+    return _VERBS.get(stage, "ablate")
+
+
 def _unreadable(path: Path, stage: str, error: Exception) -> ArtefactError:
-    return ArtefactError(f"{path} cannot be read ({type(error).__name__}: {error}); run the stage {stage} again")
+    return ArtefactError(
+        f"{path} cannot be read ({type(error).__name__}: {error}); run `minitron {_verb(stage)}` again"
+    )
 
 
 def _units(text: str) -> list[int]:

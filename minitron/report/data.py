@@ -19,6 +19,7 @@ class Role(StrEnum):
     """The models of a run, in the order of the table."""
 
     teacher = "teacher"
+    corrected = "corrected"
     pruned = "pruned"
     distilled = "distilled"
     baseline = "baseline"
@@ -28,6 +29,7 @@ class Role(StrEnum):
         """Name in tables and plots."""
         return {
             Role.teacher: "teacher",
+            Role.corrected: "teacher, corrected",
             Role.pruned: "pruned",
             Role.distilled: "pruned + distilled",
             Role.baseline: "random init",

@@ -11,17 +11,17 @@ from minitron.report.data import HTML_FILE, JSON_FILE, ReportData
 from minitron.report.figure import png_bytes
 from minitron.report.html import render_html
 from minitron.report.plots import all_figures
-from minitron.runtime.artefact import storage_error, write_json
+from minitron.runtime.artefact import RunFolder, storage_error, write_json
 
 
 def write_report(
-    run_dir: Path, out_dir: Path, importance: Mapping[str, NDArray[np.float64]], resolved_yaml: str
+    run: RunFolder, out_dir: Path, importance: Mapping[str, NDArray[np.float64]], resolved_yaml: str
 ) -> ReportData:
     """Collect the numbers of a run and write its report.
 
     Args:
-        run_dir: ``<runs_dir>/<name>``, with all stages before the report.
-        out_dir: Where to write; as a stage, the working folder that becomes ``<run_dir>/report``.
+        run: The run, or one step of a chain, with all stages before the report.
+        out_dir: Where to write; as a stage, its working folder.
         importance: Scores of the source model that pruning ranked by: ``layer`` [L] (Block Importance), ``hidden``
             [H], ``ffn`` [L, F], ``head`` [L, N]. An axis that is left out gets no plot.
         resolved_yaml: The run's whole configuration, for the page.
@@ -32,8 +32,8 @@ def write_report(
     Raises:
         ArtefactError: A stage is missing or unreadable, or ``out_dir`` cannot be written.
     """
-    data = collect(run_dir)
-    figures = all_figures(data, read_kept(run_dir), importance)
+    data = collect(run)
+    figures = all_figures(data, read_kept(run), importance)
     plots = {name: png_bytes(figure) for name, figure in figures.items()}
     page = render_html(data, plots, resolved_yaml)
     try:

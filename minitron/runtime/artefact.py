@@ -12,6 +12,7 @@ import json
 import os
 import shutil
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -62,14 +63,16 @@ class RunFolder:
 
     Args:
         path: ``<runs_dir>/<name>``; made when the first stage starts.
+        place: Where a stage lies in it, by name; None where every stage has the folder of its name.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, place: Callable[[str], str] | None = None) -> None:
         self.path = path
+        self._place = place
 
     def stage(self, name: str) -> Path:
         """Place of a finished stage."""
-        return self.path / name
+        return self.path / (name if self._place is None else self._place(name))
 
     def meta(self, stage: str) -> dict[str, Any] | None:
         """Metadata of a finished stage, None when it is not done.
@@ -162,6 +165,7 @@ class RunFolder:
             (partial / "digest").unlink(missing_ok=True)
             if final.exists():
                 self._set_aside(final)
+            final.parent.mkdir(parents=True, exist_ok=True)
             partial.rename(final)
         except OSError as error:
             raise storage_error(error, partial) from error

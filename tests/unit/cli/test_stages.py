@@ -8,6 +8,8 @@ from minitron.cli.job import wanted_stages
 from minitron.cli.stages import stages_of
 from minitron.config.compose import compose_run
 from minitron.config.run import RunConfig
+from minitron.config.trainings import ABLATION
+from minitron.errors import ConfigError
 from minitron.pipeline import plan_stages
 from minitron.runtime.artefact import RunFolder
 from tests.helpers.line import LINE
@@ -81,3 +83,79 @@ def test_stages_of_each_verb(base: list[str]) -> None:
     assert wanted_stages("eval", config) == ["eval_teacher"]  # nothing else is done
     without = wanted_stages("compress", compose_run([*base, "baseline.enabled=false"]))
     assert without == [stage for stage in LINE if "baseline" not in stage]
+
+
+CHAIN = "chain=[{name: mid, prune: {hidden_size: 56}}, {name: small, prune: {hidden_size: 48}, num_tokens: 2560}]"
+STEP = ["score", "prune", "eval_pruned", "distill", "eval_distilled", "export", "report"]
+
+
+def test_chain_goes_down_step_by_step_with_the_original_as_teacher(base: list[str]) -> None:
+    config = compose_run([*base, CHAIN, "baseline.enabled=false", "correction.enabled=true"])
+    wanted = wanted_stages("compress", config)
+    shared = ["import", "data", "eval_teacher", "correct", "eval_corrected"]
+    assert wanted == [*shared, *(f"steps/{step}/{stage}" for step in ("mid", "small") for stage in STEP)]
+    assert wanted_stages("prune", config) == ["steps/mid/prune", "steps/small/prune"]
+    stages = {stage.name: stage for stage in stages_of(config)}
+    assert stages["steps/mid/prune"].needs == ("import", "steps/mid/score")
+    assert stages["steps/mid/distill"].needs == ("correct", "steps/mid/prune", "data")
+    assert stages["steps/small/score"].needs == ("steps/mid/distill", "data")
+    assert stages["steps/small/prune"].needs == ("steps/mid/distill", "steps/small/score")
+    assert stages["steps/small/distill"].needs == ("correct", "steps/small/prune", "data")
+    tokens = [stages[f"steps/{step}/distill"].values(config)["distill.train.num_tokens"] for step in ("mid", "small")]
+    assert tokens == [5120, 2560]
+
+
+def test_chain_with_the_student_before_as_teacher_and_the_original_as_source(base: list[str]) -> None:
+    second = "{name: small, prune: {hidden_size: 48}, source: original, teacher: previous}"
+    config = compose_run([*base, f"chain=[{{name: mid, prune: {{hidden_size: 56}}}}, {second}]"])
+    stages = {stage.name: stage for stage in stages_of(config)}
+    assert stages["steps/small/score"].needs == ("import", "data")
+    assert stages["steps/small/distill"].needs == ("steps/mid/distill", "steps/small/prune", "data")
+
+
+@pytest.mark.parametrize(
+    "chain",
+    [
+        "[{name: a/b}]",
+        "[{prune: {hidden_size: 8}}]",
+        "[{name: a}, {name: a}]",
+        "[{name: a, num_tokens: 512}]",  # as long as the warm-up
+    ],
+)
+def test_chain_that_cannot_work_is_refused(base: list[str], chain: str) -> None:
+    with pytest.raises(ConfigError, match=r"^chain"):
+        compose_run([*base, f"chain={chain}"])
+
+
+def test_correction_teaches_at_a_fifth_of_the_rate_and_pruning_takes_the_original(base: list[str]) -> None:
+    config = compose_run([*base, "correction.enabled=true", "correction.num_tokens=2560"])
+    assert wanted_stages("train", config) == ["correct"]
+    stages = {stage.name: stage for stage in stages_of(config)}
+    assert stages["prune"].needs == ("import", "score")
+    assert stages["distill"].needs == ("correct", "prune", "data")
+    values = stages["correct"].values(config)
+    assert [values[f"distill.train.{key}"] for key in ("lr", "min_lr", "num_tokens")] == [2e-4, 2e-5, 2560]
+
+
+def test_ablation_compares_the_papers_recipes_at_equal_tokens(base: list[str]) -> None:
+    config = compose_run([*base, "ablation.from_scratch_times=3"])
+    stages = {stage.name: stage for stage in stages_of(config)}
+    wanted = wanted_stages("ablate", config)
+    starts = {name: stages[name].needs for name in ABLATION}
+    assert set(ABLATION) < set(wanted)
+    assert starts == {
+        "distill": ("import", "prune", "data"),
+        "random_pruned_kd": ("import", "prune_random", "data"),
+        "pruned_ce": ("prune", "data"),
+        "random_init_kd": ("import", "prune", "data"),
+        "baseline": ("prune", "data"),
+        "scratch_long": ("prune", "data"),
+    }
+    tokens = {name: stages[name].values(config)["distill.train.num_tokens"] for name in ABLATION}
+    assert tokens == dict.fromkeys(ABLATION, 5120) | {"scratch_long": 15360}
+    assert stages["prune_random"].values(config)["prune.ranking"] == "random"
+
+
+def test_ablation_without_its_baseline_is_refused(base: list[str]) -> None:
+    with pytest.raises(ConfigError, match=r"set chain=\[\] and baseline.enabled=true"):
+        wanted_stages("ablate", compose_run([*base, "baseline.enabled=false"]))

@@ -13,5 +13,5 @@ RESOLVED = "name: demo\nnote: <b>&</b>\n"
 @pytest.fixture(scope="session")
 def report_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     run = synthetic.make_run(tmp_path_factory.mktemp("runs") / "demo")
-    write_report(run, run / "report", synthetic.importance(), RESOLVED)
+    write_report(synthetic.as_run(run), run / "report", synthetic.importance(), RESOLVED)
     return run / "report"

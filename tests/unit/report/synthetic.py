@@ -71,6 +71,11 @@ def make_run(folder: Path, *, without: tuple[str, ...] = (), sample: str = EVIL)
     return folder
 
 
+def as_run(folder: Path) -> RunFolder:
+    """The run as its report reads it: what was pruned is what was imported."""
+    return RunFolder(folder, lambda stage: "import" if stage == "source" else stage)
+
+
 def importance() -> dict[str, NDArray[np.float64]]:
     """Scores whose best layers and channels are the kept ones."""
     rng = np.random.default_rng(0)

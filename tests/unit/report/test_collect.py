@@ -11,7 +11,7 @@ from tests.unit.report import synthetic as syn
 
 
 def test_rows_of_the_table(tmp_path: Path) -> None:
-    data = collect(syn.make_run(tmp_path / "demo"))
+    data = collect(syn.as_run(syn.make_run(tmp_path / "demo")))
     rows = {model.role.value: model for model in data.models}
     assert list(rows) == ["teacher", "pruned", "distilled", "baseline"]
     assert {role: row.loss for role, row in rows.items()} == syn.LOSSES
@@ -27,14 +27,14 @@ def test_rows_of_the_table(tmp_path: Path) -> None:
 
 
 def test_cost_is_6nd_and_2nd(tmp_path: Path) -> None:
-    cost = collect(syn.make_run(tmp_path / "demo")).cost
+    cost = collect(syn.as_run(syn.make_run(tmp_path / "demo"))).cost
     assert cost.tokens == cost.baseline_tokens == syn.NUM_TOKENS
     assert cost.student_flops == cost.baseline_flops == 6 * syn.TARGET_PARAMETERS * syn.NUM_TOKENS
     assert cost.teacher_flops == 2 * syn.SOURCE_PARAMETERS * syn.NUM_TOKENS
 
 
 def test_stages_curves_and_shapes(tmp_path: Path) -> None:
-    data = collect(syn.make_run(tmp_path / "demo"))
+    data = collect(syn.as_run(syn.make_run(tmp_path / "demo")))
     assert {stage.name: stage.seconds for stage in data.stages} == syn.SECONDS
     assert data.distill.heldout_tokens == [step * 2048 for step in range(50, 401, 50)]
     assert data.distill.heldout_loss[-1] == 4.03
@@ -54,7 +54,7 @@ def test_stages_curves_and_shapes(tmp_path: Path) -> None:
 
 
 def test_kept_units(tmp_path: Path) -> None:
-    kept = read_kept(syn.make_run(tmp_path / "demo"))
+    kept = read_kept(syn.as_run(syn.make_run(tmp_path / "demo")))
     assert kept.layers == syn.KEPT
     assert kept.hidden == list(range(448))
     assert kept.heads[1] == [0, 2, 3, 5, 6, 8]
@@ -63,7 +63,7 @@ def test_kept_units(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("absent", [("baseline", "eval_baseline"), ("eval_baseline",)])
 def test_without_baseline_its_row_is_left_out(tmp_path: Path, absent: tuple[str, ...]) -> None:
-    data = collect(syn.make_run(tmp_path / "demo", without=absent))
+    data = collect(syn.as_run(syn.make_run(tmp_path / "demo", without=absent)))
     assert [model.role for model in data.models] == [Role.teacher, Role.pruned, Role.distilled]
     assert data.baseline is None
     assert data.cost.baseline_flops is None
@@ -79,12 +79,12 @@ def test_without_baseline_its_row_is_left_out(tmp_path: Path, absent: tuple[str,
 def test_missing_stage_names_the_verb(tmp_path: Path, stage: str, verb: str) -> None:
     run = syn.make_run(tmp_path / "demo", without=(stage,))
     with pytest.raises(ArtefactError, match=f"no finished stage '{stage}'.*`minitron {verb}`.*compress name=demo"):
-        collect(run)
+        collect(syn.as_run(run))
 
 
 def test_missing_run_folder(tmp_path: Path) -> None:
     with pytest.raises(ArtefactError, match=r"no run folder .*; run `minitron compress name=other` first"):
-        collect(tmp_path / "other")
+        collect(syn.as_run(tmp_path / "other"))
 
 
 @pytest.mark.parametrize(
@@ -102,7 +102,7 @@ def test_damaged_file_is_named(tmp_path: Path, file: str, text: str, verb: str) 
     run = syn.make_run(tmp_path / "demo")
     (run / file).write_text(text)
     with pytest.raises(ArtefactError, match=f"{re.escape(file)} .*run `minitron {verb}` again"):
-        collect(run)
+        collect(syn.as_run(run))
 
 
 def test_unlike_training_is_not_called_the_same(tmp_path: Path) -> None:
@@ -110,7 +110,7 @@ def test_unlike_training_is_not_called_the_same(tmp_path: Path) -> None:
     syn.rewrite_meta(run / "baseline", values={"distill.train.lr": 1e-3})
     lines = (run / "baseline" / "metrics.jsonl").read_text().splitlines(keepends=True)
     (run / "baseline" / "metrics.jsonl").write_text("".join(lines[:200]))
-    data = collect(run)
+    data = collect(syn.as_run(run))
     assert not data.same_training
     (note,) = data.notes
     assert "differ in tokens (819,200 and 409,600), lr (0.0005 and 0.001): no like-for-like control." in note
@@ -121,7 +121,7 @@ def test_notes_on_evaluation_and_environment(tmp_path: Path) -> None:
     path = run / "eval_pruned" / "eval.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"loss": 3.0, "num_tokens": 99}))
     syn.rewrite_meta(run / "score", environment={"torch": "3.0"})
-    data = collect(run)
+    data = collect(syn.as_run(run))
     assert [model.gap_recovered for model in data.models] == [None] * 4
     assert len(data.notes) == 3
     assert "pruned 99" in data.notes[0]
@@ -132,7 +132,7 @@ def test_notes_on_evaluation_and_environment(tmp_path: Path) -> None:
 def test_name_of_the_model_falls_back(tmp_path: Path) -> None:
     run = syn.make_run(tmp_path / "demo")
     syn.rewrite_meta(run / "import", summary={})
-    assert collect(run).model_name == "demo"
+    assert collect(syn.as_run(run)).model_name == "demo"
     (run / "import" / "hf").mkdir()
     (run / "import" / "hf" / "config.json").write_text('{"_name_or_path": "someone/model"}')
-    assert collect(run).model_name == "someone/model"
+    assert collect(syn.as_run(run)).model_name == "someone/model"

@@ -72,7 +72,7 @@ def test_json_has_the_numbers(report_dir: Path) -> None:
 
 
 def test_load_gives_back_what_was_written(report_dir: Path) -> None:
-    assert load_report(report_dir) == collect(report_dir.parent)
+    assert load_report(report_dir) == collect(syn.as_run(report_dir.parent))
 
 
 @pytest.mark.parametrize("text", [None, "{", "{}", '{"format": 0}', '{"format": 1}'])
@@ -135,13 +135,13 @@ def test_page_escapes_what_models_write(report_dir: Path) -> None:
 
 def test_prompt_is_shown_once(tmp_path: Path) -> None:
     run = syn.make_run(tmp_path / "demo", sample=syn.PROMPT + " Paris.")
-    write_report(run, run / "report", {}, "")
+    write_report(syn.as_run(run), run / "report", {}, "")
     assert page(run / "report").text.count(syn.PROMPT) == 4
 
 
 def test_without_baseline_and_scores(tmp_path: Path) -> None:
     run = syn.make_run(tmp_path / "demo", without=("baseline", "eval_baseline", "score"))
-    write_report(run, tmp_path / "out", {}, "")
+    write_report(syn.as_run(run), tmp_path / "out", {}, "")
     text = page(tmp_path / "out").text
     assert "No random-init control was trained" in text
     assert "same schedule" not in text
@@ -154,7 +154,7 @@ def test_without_baseline_and_scores(tmp_path: Path) -> None:
 def test_unlike_control_is_said(tmp_path: Path) -> None:
     run = syn.make_run(tmp_path / "demo")
     syn.rewrite_meta(run / "baseline", values={"distill.train.lr": 1e-3})
-    write_report(run, run / "report", {}, "")
+    write_report(syn.as_run(run), run / "report", {}, "")
     text = page(run / "report").text
     assert "differ in lr (0.0005 and 0.001): no like-for-like control." in text
     assert "same schedule" not in text
@@ -167,7 +167,7 @@ def test_short_run_that_kept_everything(tmp_path: Path) -> None:
     (run / "prune" / "model.json").write_text(json.dumps(syn.SOURCE.to_dict()))
     (run / "distill" / "metrics.jsonl").write_text('{"step": 1, "loss": 0.1, "tokens": 2048}\n')
     scores = {"layer": np.zeros(30), "hidden": np.zeros(576), "ffn": np.zeros((30, 1536)), "head": np.zeros((30, 9))}
-    write_report(run, run / "report", scores, "")
+    write_report(syn.as_run(run), run / "report", scores, "")
     text = page(run / "report").text
     assert "No layer was dropped." in text
     assert "hidden channels 576 576 all" in text

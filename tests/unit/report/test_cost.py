@@ -1,0 +1,37 @@
+"""The papers' own figures come out of the cost model from their inputs."""
+
+import pytest
+
+from minitron.errors import ConfigError
+from minitron.report.cost import family_saving, forward_flops, training_flops
+
+FLOPS_PER_STEP = [4.4e17, 2.5e17, 1.2e17]
+"""15B, 8B and 4B at 1152 sequences of 4096 tokens (arXiv 2407.14679, section 4.1)."""
+BATCH_TOKENS = 1152 * 4096
+
+
+def test_flops_of_a_step_are_6nd() -> None:
+    assert training_flops(15.6e9, BATCH_TOKENS) == pytest.approx(FLOPS_PER_STEP[0], rel=0.01)
+    assert forward_flops(15.6e9, BATCH_TOKENS) == pytest.approx(FLOPS_PER_STEP[0] / 3, rel=0.01)
+
+
+@pytest.mark.parametrize(("count_teacher", "saving"), [(False, 1.80), (True, 1.77)])
+def test_saving_of_the_papers_family(count_teacher: bool, saving: float) -> None:
+    assert round(family_saving(FLOPS_PER_STEP, 40, count_teacher=count_teacher), 2) == saving
+
+
+def test_token_saving_of_the_papers() -> None:
+    assert pytest.approx(40, rel=0.02) == 3.8e12 / 94e9  # Nemotron-3 8B against MINITRON 8B, table 2
+    assert pytest.approx(40, rel=0.02) == 15e12 / 380e9  # arXiv 2408.11796: Mistral NeMo
+    assert pytest.approx(94e9, rel=0.01) == 20_000 * BATCH_TOKENS  # the tokens of either are whole steps
+
+
+def test_no_tokens_saved_saves_only_nothing() -> None:
+    assert family_saving([8.0, 4.0], 1, count_teacher=False) == 1.0
+    assert family_saving([6.0, 3.0], 1, count_teacher=True) == pytest.approx(9 / (6 + 3 + 2))
+
+
+@pytest.mark.parametrize(("sizes", "saving"), [([8.0], 40.0), ([8.0, 4.0], 0.0)])
+def test_impossible_family_is_refused(sizes: list[float], saving: float) -> None:
+    with pytest.raises(ConfigError, match=r"a family's saving needs two models or more and a token saving above 0"):
+        family_saving(sizes, saving, count_teacher=True)
