@@ -36,19 +36,22 @@ Overrides are key=value, as in Hydra:
 
 def build_parser() -> argparse.ArgumentParser:
     """The command line's grammar."""
-    verbs = "\n".join(f"  {name:<10}{text}" for name, (text, _sections) in VERBS.items())
     parser = argparse.ArgumentParser(
         prog="minitron",
+        usage="minitron [-h] [--version] <verb> [key=value ...] [--print-config]",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         description="Make a large language model small: prune it by importance, retrain it by distillation.",
-        epilog=f"verbs:\n{verbs}\n\n{_EPILOG}\nTry it: minitron compress experiment=demo",
+        epilog=f"{_EPILOG}\nTry it: minitron compress experiment=demo",
     )
     parser.add_argument("--version", action="version", version=f"minitron {minitron.__version__}")
-    subparsers = parser.add_subparsers(dest="verb", metavar="<verb>", required=True)
+    verbs = "\n".join(f"  {name:<10}{text}" for name, (text, _sections) in VERBS.items())
+    # The list is ours: argparse's own wraps the lines, and prints a suppressed verb all the same.
+    subparsers = parser.add_subparsers(
+        title="verbs", description=verbs, help=argparse.SUPPRESS, dest="verb", required=True, prog="minitron"
+    )
     for name, (text, sections) in VERBS.items():
         sub = subparsers.add_parser(
             name,
-            help=argparse.SUPPRESS,
             formatter_class=argparse.RawDescriptionHelpFormatter,
             description=f"minitron {name}: {text}.\nReads the sections: {sections}.",
             epilog=_EPILOG,
@@ -58,13 +61,28 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """Parse a command line; overrides may stand on both sides of an option.
+
+    Raises:
+        SystemExit: It is no command of ours; what is wrong is printed.
+    """
+    parser = build_parser()
+    args, rest = parser.parse_known_args(argv)
+    unknown = [word for word in rest if word.startswith("-")]
+    if unknown:
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}")
+    args.overrides += rest
+    return args
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point of the console script.
 
     Returns:
         Exit code: 0, or the ``exit_code`` of the error that is printed in one line.
     """
-    args = build_parser().parse_args(argv)
+    args = parse(argv)
     try:
         return _run(args.verb, args.overrides, print_config=args.print_config)
     except MinitronError as error:

@@ -42,6 +42,7 @@ def compose_run(overrides: Sequence[str]) -> RunConfig:
     Raises:
         ConfigError: In one line: a mistyped key, a wrong type or value, an impossible combination.
     """
+    _check_sections(overrides)
     register()
     _register_resolvers()
     GlobalHydra.instance().clear()
@@ -106,6 +107,20 @@ def _package_file(package: str, name: str) -> str:
     if not path.exists():
         raise ModelError(f"{path} does not exist; install the package {package} again")
     return str(path)
+
+
+def _check_sections(overrides: Sequence[str]) -> None:
+    """Refuse a value for a whole section; only the groups, folders in ``conf/``, can be chosen by name."""
+    known = [key.removeprefix("run.") for key in flat_values(RunConfig(), "run")]
+    groups = {folder.name for folder in config_dir().iterdir() if folder.is_dir()}
+    for override in overrides:
+        key, _, value = override.lstrip("+").partition("=")
+        inside = [name for name in known if name.startswith(f"{key}.")]
+        if inside and key not in groups and not value.startswith("{"):
+            raise ConfigError(
+                f"{override}: {key} is a section, not a value; set its keys, such as {inside[0]}=... "
+                "(`minitron compress --print-config` shows them)"
+            )
 
 
 def _raise_in_one_line(error: Exception) -> NoReturn:
