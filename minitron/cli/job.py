@@ -1,5 +1,6 @@
 """Turn a verb into a job: check everything that can be checked, then start the ranks for what is not done."""
 
+import json
 from pathlib import Path
 
 from rich.console import Console
@@ -14,7 +15,7 @@ from minitron.config.run import RunConfig, SourceKind
 from minitron.errors import ConfigError, ModelError
 from minitron.models.hf_import import inspect_source
 from minitron.models.random_source import random_model
-from minitron.pipeline import Planned, plan_stages
+from minitron.pipeline import Planned, outside_hashes, plan_stages
 from minitron.runtime.artefact import RunFolder, storage_error
 from minitron.runtime.device import check_num_ranks, resolve_device
 from minitron.runtime.env import dist_env
@@ -49,13 +50,15 @@ def run_job(verb: str, config: RunConfig) -> int:
         if env.rank == 0:
             _show_end(run, wanted, console)
         return 0
-    planned = plan_stages(stages_of(config), config, run, wanted)
+    outside = outside_hashes(stages_of(config), config)
+    planned = plan_stages(stages_of(config), config, run, wanted, outside)
     if all(item.done for item in planned):
         _say_done(planned, run, console)
     else:
         resolved = _write_resolved(run, config)
         console.print(f"[bold]{config.name}[/]: {config.parallel.arithmetic()} ranks, artefacts in {run.path}/")
-        code = launch_local(resolved, wanted, num_ranks=config.parallel.num_ranks)
+        arguments = [str(resolved), ",".join(wanted), json.dumps(outside)]
+        code = launch_local(arguments, num_ranks=config.parallel.num_ranks)
         if code:
             return code
     _show_end(run, wanted, console)

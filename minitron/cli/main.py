@@ -7,7 +7,8 @@ from pathlib import Path
 
 import minitron
 from minitron.errors import ConfigError, MinitronError
-from minitron.log import complain
+from minitron.log import complain, report_error
+from minitron.runtime.env import dist_env
 
 VERBS: dict[str, tuple[str, str]] = {
     "compress": ("the whole line, resumable: what is done is skipped", "source, data, prune, distill"),
@@ -83,10 +84,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         Exit code: 0, or the ``exit_code`` of the error that is printed in one line.
     """
     args = parse(argv)
+    env = None
     try:
+        env = dist_env()
         return _run(args.verb, args.overrides, print_config=args.print_config)
     except MinitronError as error:
-        complain(f"error: {error}")
+        report_error(error, rank=env.rank if env else 0)
         return error.exit_code
     except KeyboardInterrupt:
         complain("interrupted; what is done is kept, the same command goes on from there")

@@ -1,8 +1,8 @@
 """One rank of a job: loads the composed configuration, joins the group, runs the stages that are not done."""
 
+import json
 import logging
 import sys
-import time
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,38 +13,44 @@ from minitron.cli.stages import stages_of
 from minitron.config.compose import load_resolved
 from minitron.config.run import RunConfig
 from minitron.errors import MinitronError, PlatformError
-from minitron.log import complain
-from minitron.pipeline import Planned, plan_stages, run_stages
+from minitron.log import report_error
+from minitron.pipeline import OutsideHashes, Planned, plan_stages, run_stages
 from minitron.runtime.artefact import RunFolder
 from minitron.runtime.env import DistEnv, dist_env
-
-_OTHER_RANKS_WAIT_S = 5.0
-"""Rank 0 speaks first: an error that all ranks meet is printed once."""
-
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run stages on this rank.
 
     Args:
-        argv: Path of the resolved configuration, and the stages' names joined by commas.
+        argv: Path of the resolved configuration, the stages' names joined by commas, and, in JSON, the hashes of
+            outside content that the starting process made (`pipeline.outside_hashes`).
 
     Returns:
         Exit code.
     """
-    resolved, stages = sys.argv[1:] if argv is None else argv
+    resolved, stages, outside = sys.argv[1:] if argv is None else argv
     env = dist_env()
     try:
         if env is None:
             raise PlatformError(f"{__name__} is started by minitron or torchrun, not by hand")
-        run_rank(load_resolved(Path(resolved)), stages.split(","), env)
+        run_rank(load_resolved(Path(resolved)), stages.split(","), env, outside=json.loads(outside))
     except MinitronError as error:
         report_error(error, rank=env.rank if env else 0)
         return error.exit_code
     return 0
 
 
-def run_rank(config: RunConfig, wanted: Sequence[str], env: DistEnv) -> None:
-    """Join the job as one rank and run the wanted stages that are not done."""
+def run_rank(
+    config: RunConfig, wanted: Sequence[str], env: DistEnv, *, outside: OutsideHashes | None = None
+) -> None:
+    """Join the job as one rank and run the wanted stages that are not done.
+
+    Args:
+        config: The resolved configuration.
+        wanted: Names of the stages.
+        env: This process's rank.
+        outside: See `plan_stages`.
+    """
     _quiet()
     import torch
 
@@ -60,7 +66,7 @@ def run_rank(config: RunConfig, wanted: Sequence[str], env: DistEnv) -> None:
         # Rank 0 plans: the others must not look while it moves folders.
         plan: list[object] = [None]
         if session.is_main:
-            planned = plan_stages(stages_of(config), config, run, wanted)
+            planned = plan_stages(stages_of(config), config, run, wanted, outside)
             plan = [[(item.stage.name, item.identity, item.done, item.changed) for item in planned]]
         torch.distributed.broadcast_object_list(plan, src=0)
         run_stages(_rebuild(plan[0], config), session)
@@ -74,14 +80,6 @@ def _rebuild(plan: object, config: RunConfig) -> list[Planned]:
     assert isinstance(plan, list)
     stages = {stage.name: stage for stage in stages_of(config)}
     return [Planned(stages[name], identity, done, changed) for name, identity, done, changed in plan]
-
-
-def report_error(error: MinitronError, *, rank: int) -> None:
-    """Print a user's error in one line; other ranks than 0 wait, and are stopped if rank 0 has one too."""
-    if rank != 0:
-        time.sleep(_OTHER_RANKS_WAIT_S)
-    where = "" if rank == 0 else f" (rank {rank})"
-    complain(f"error{where}: {error}")
 
 
 def _quiet() -> None:
