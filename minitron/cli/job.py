@@ -18,7 +18,7 @@ from minitron.models.random_source import random_model
 from minitron.pipeline import Planned, outside_hashes, plan_stages
 from minitron.runtime.artefact import RunFolder, storage_error
 from minitron.runtime.device import check_num_ranks, resolve_device
-from minitron.runtime.env import dist_env
+from minitron.runtime.env import dist_env, wandb_mode
 from minitron.runtime.environment import environment
 from minitron.runtime.launch import launch_local
 
@@ -37,6 +37,8 @@ def run_job(verb: str, config: RunConfig) -> int:
     """
     check_models(config)
     resolve_device(config.device, config.parallel)
+    if config.tracking.wandb:
+        wandb_mode()
     env = dist_env()
     if env is not None:
         check_num_ranks(env, config.parallel)

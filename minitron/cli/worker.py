@@ -18,6 +18,7 @@ from minitron.pipeline import OutsideHashes, Planned, plan_stages, run_stages
 from minitron.runtime.artefact import RunFolder
 from minitron.runtime.env import DistEnv, dist_env
 
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run stages on this rank.
 
@@ -40,9 +41,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def run_rank(
-    config: RunConfig, wanted: Sequence[str], env: DistEnv, *, outside: OutsideHashes | None = None
-) -> None:
+def run_rank(config: RunConfig, wanted: Sequence[str], env: DistEnv, *, outside: OutsideHashes | None = None) -> None:
     """Join the job as one rank and run the wanted stages that are not done.
 
     Args:

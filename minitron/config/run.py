@@ -26,6 +26,14 @@ class Dtype(StrEnum):
     bf16 = "bf16"
 
 
+class SourceDtype(StrEnum):
+    """Number format of the imported weights."""
+
+    auto = "auto"
+    fp32 = "fp32"
+    bf16 = "bf16"
+
+
 class OnChange(StrEnum):
     """What to do with a finished stage whose inputs have changed."""
 
@@ -61,6 +69,8 @@ class SourceConfig:
     """``path`` reads a Hugging Face folder or a GGUF file; ``random`` makes a tiny random model."""
     path: str | None = None
     """A Hugging Face folder (config.json, safetensors, tokenizer) or a .gguf file."""
+    dtype: SourceDtype = SourceDtype.auto
+    """Number format of the checkpoint that import writes: ``auto`` is bf16 where the source is, else fp32."""
     random: RandomModelConfig = field(default_factory=RandomModelConfig)
     """Shape of the random model."""
 

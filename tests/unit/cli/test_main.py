@@ -261,7 +261,7 @@ def test_more_processes_than_ranks(fails: Fails, monkeypatch: pytest.MonkeyPatch
 
 def test_run_folder_of_another_model(fails: Fails, model: Path, text: list[str], tmp_path: Path) -> None:
     run = RunFolder(tmp_path / "runs" / "mine")
-    identity = StageIdentity("import", {}, {"model": "other"})
+    identity = StageIdentity("import", {"source.dtype": "auto"}, {"model": "other"})
     run.begin(identity, resumable=False)
     run.finish(identity, summary={}, seconds=0.0, environment={})
     for on_change in ("error", "rerun"):

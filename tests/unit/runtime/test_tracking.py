@@ -7,7 +7,6 @@ from pathlib import Path
 import pytest
 import wandb
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
 from wandb.proto.wandb_internal_pb2 import Record
 
 from minitron.config.run import TrackingConfig
