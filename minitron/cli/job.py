@@ -6,6 +6,7 @@ from pathlib import Path
 from rich.console import Console
 
 from minitron.cli.stages import CHECKPOINT_OF, stages_of
+from minitron.cli.turn import in_turn
 from minitron.cli.worker import run_rank
 from minitron.config.compose import load_resolved, to_yaml
 from minitron.config.model import ModelConfig
@@ -18,32 +19,33 @@ from minitron.models.random_source import random_model
 from minitron.pipeline import Planned, outside_hashes, plan_stages
 from minitron.runtime.artefact import RunFolder, storage_error
 from minitron.runtime.device import check_num_ranks, resolve_device
-from minitron.runtime.env import dist_env, wandb_mode
+from minitron.runtime.env import DistEnv, wandb_mode
 from minitron.runtime.environment import environment
 from minitron.runtime.launch import launch_local
 
 RESOLVED_FILE = "resolved.yaml"
 
 
-def run_job(verb: str, config: RunConfig) -> int:
+def run_job(verb: str, config: RunConfig, env: DistEnv | None) -> int:
     """Run a verb to its end.
 
     Args:
         verb: One of the command line's verbs.
         config: The composed configuration.
+        env: This process's rank when torchrun started it, else None.
 
     Returns:
         Exit code.
     """
-    check_models(config)
-    resolve_device(config.device, config.parallel)
-    if config.tracking.wandb:
-        wandb_mode()
-    env = dist_env()
-    if env is not None:
-        check_num_ranks(env, config.parallel)
     run = RunFolder(Path(config.runs_dir) / config.name)
-    wanted = wanted_stages(verb, config)
+    with in_turn(env):
+        if env is not None:
+            check_num_ranks(env, config.parallel)
+        check_models(config)
+        resolve_device(config.device, config.parallel)
+        if config.tracking.wandb:
+            wandb_mode()
+        wanted = wanted_stages(verb, config)
     console = Console(soft_wrap=True)
     if env is not None:  # torchrun started us: this process is one rank, and rank 0 plans
         if env.rank == 0:

@@ -6,9 +6,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import minitron
+from minitron.cli.turn import in_turn, report_error
 from minitron.errors import ConfigError, MinitronError
-from minitron.log import complain, report_error
-from minitron.runtime.env import dist_env
+from minitron.log import complain
+from minitron.runtime.env import DistEnv, dist_env
 
 VERBS: dict[str, tuple[str, str]] = {
     "compress": ("the whole line, resumable: what is done is skipped", "source, data, prune, distill"),
@@ -87,29 +88,30 @@ def main(argv: Sequence[str] | None = None) -> int:
     env = None
     try:
         env = dist_env()
-        return _run(args.verb, args.overrides, print_config=args.print_config)
+        return _run(args.verb, args.overrides, env, print_config=args.print_config)
     except MinitronError as error:
-        report_error(error, rank=env.rank if env else 0)
+        report_error(error, env)
         return error.exit_code
     except KeyboardInterrupt:
         complain("interrupted; what is done is kept, the same command goes on from there")
         return 130
 
 
-def _run(verb: str, overrides: list[str], *, print_config: bool) -> int:
+def _run(verb: str, overrides: list[str], env: DistEnv | None, *, print_config: bool) -> int:
     from minitron.config.compose import compose_run, to_yaml
 
     if print_config:
         overrides = overrides or ["source.kind=random"]
         sys.stdout.write(to_yaml(compose_run(overrides)))
         return 0
-    config = compose_run(overrides)
+    with in_turn(env):
+        config = compose_run(overrides)
+        if verb == "eval" and config.eval.checkpoint and not Path(config.eval.checkpoint).exists():
+            raise ConfigError(f"eval.checkpoint={config.eval.checkpoint} does not exist")
 
     from minitron.cli.job import run_job
 
-    if verb == "eval" and config.eval.checkpoint and not Path(config.eval.checkpoint).exists():
-        raise ConfigError(f"eval.checkpoint={config.eval.checkpoint} does not exist")
-    return run_job(verb, config)
+    return run_job(verb, config, env)
 
 
 if __name__ == "__main__":

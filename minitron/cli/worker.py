@@ -10,10 +10,10 @@ from pathlib import Path
 from rich.console import Console
 
 from minitron.cli.stages import stages_of
+from minitron.cli.turn import in_turn, report_error
 from minitron.config.compose import load_resolved
 from minitron.config.run import RunConfig
 from minitron.errors import MinitronError, PlatformError
-from minitron.log import report_error
 from minitron.pipeline import OutsideHashes, Planned, plan_stages, run_stages
 from minitron.runtime.artefact import RunFolder
 from minitron.runtime.env import DistEnv, dist_env
@@ -36,7 +36,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise PlatformError(f"{__name__} is started by minitron or torchrun, not by hand")
         run_rank(load_resolved(Path(resolved)), stages.split(","), env, outside=json.loads(outside))
     except MinitronError as error:
-        report_error(error, rank=env.rank if env else 0)
+        report_error(error, env)
         return error.exit_code
     return 0
 
@@ -57,10 +57,11 @@ def run_rank(config: RunConfig, wanted: Sequence[str], env: DistEnv, *, outside:
     from minitron.runtime.device import check_num_ranks, process_group, resolve_device
     from minitron.runtime.session import Session
 
-    check_num_ranks(env, config.parallel)
-    device = resolve_device(config.device, config.parallel)
+    with in_turn(env):
+        check_num_ranks(env, config.parallel)
+        device = resolve_device(config.device, config.parallel)
     run = RunFolder(Path(config.runs_dir) / config.name)
-    with process_group(env, device), model_parallel(config.parallel, seed=config.seed) as groups:
+    with process_group(env, device), model_parallel(config.parallel, seed=config.seed) as groups, in_turn(env):
         session = Session(config=config, run=run, groups=groups, device=device, console=Console(soft_wrap=True))
         # Rank 0 plans: the others must not look while it moves folders.
         plan: list[object] = [None]
@@ -73,9 +74,6 @@ def run_rank(config: RunConfig, wanted: Sequence[str], env: DistEnv, *, outside:
 
 def _rebuild(plan: object, config: RunConfig) -> list[Planned]:
     """The plan with this process's own stage functions."""
-    from minitron.cli.stages import stages_of
-    from minitron.pipeline import Planned
-
     assert isinstance(plan, list)
     stages = {stage.name: stage for stage in stages_of(config)}
     return [Planned(stages[name], identity, done, changed) for name, identity, done, changed in plan]

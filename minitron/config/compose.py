@@ -9,7 +9,7 @@ from typing import Any, NoReturn
 
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
-from hydra.errors import HydraException
+from hydra.errors import HydraException, OverrideParseException
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
@@ -148,8 +148,13 @@ def _raise_in_one_line(error: Exception) -> NoReturn:
     if available:
         options = ", ".join(o for o in available.group(2).split() if o != "schema")
         first = f"{first.rstrip('.')}; there are: {options}"
-    if first.startswith("Error parsing override"):
-        first += "; an override is key=value, such as experiment=demo"
+    parsing = next((e for e in chain if isinstance(e, OverrideParseException)), None)
+    if parsing is not None:
+        reason = str(parsing.message).partition("\n")[0]
+        first = (
+            f"cannot read '{parsing.override}' ({reason}); an override is key=value, such as experiment=demo, and a "
+            "value with special characters stands in quotes of its own: 'key=\"a[b]\"'"
+        )
     raise ConfigError(first) from None
 
 

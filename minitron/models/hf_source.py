@@ -185,8 +185,8 @@ def _tensor_files(path: Path) -> dict[str, Path]:
             raise ModelError(f"{path} has neither {SINGLE_FILE} nor {INDEX_FILE}{found}")
         return {name: single for name in _read_header(single) if name != "__metadata__"}
     weight_map = read_json(path / INDEX_FILE).get("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map:
-        raise ModelError(f"{path / INDEX_FILE} has no weight_map")
+    if not isinstance(weight_map, dict) or not weight_map or not all(isinstance(f, str) for f in weight_map.values()):
+        raise ModelError(f"{path / INDEX_FILE} has no weight_map of tensor names to file names")
     shards = sorted(set(weight_map.values()))
     absent = [name for name in shards if not (path / name).is_file()]
     if absent:

@@ -82,6 +82,7 @@ WRONG: list[tuple[str, list[str]]] = [
     ("nonsense", ["'nonsense'", "an override is key=value"]),
     ("parallel=3", ["parallel is a section", "such as parallel.tensor_model_parallel_size=..."]),
     ("score=3", ["must be a string"]),
+    ("source.path=a[b]", ["cannot read 'source.path=a[b]'", "quotes of its own: 'key=\"a[b]\"'"]),
     ("source.path=${nope}", ["source.path: ", "'nope' not found"]),
     ("name=a/b", ["name='a/b' must be a plain folder name"]),
     ("name=", ["name='' must be a plain folder name"]),
