@@ -140,7 +140,7 @@ class TrackingConfig:
     """Where metrics go besides the metrics.jsonl that is always written."""
 
     wandb: bool = False
-    """Log to Weights & Biases; offline when no account is configured."""
+    """Log to Weights & Biases; offline when no account is configured (`wandb sync <stage>/wandb/offline-run-*`)."""
     wandb_project: str = "minitron"
     """Project in Weights & Biases."""
     tensorboard: bool = False
