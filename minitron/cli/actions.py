@@ -11,7 +11,8 @@ from minitron.checkpoint.folder import is_checkpoint_folder, read_model_config
 from minitron.cli.exporting import export
 from minitron.cli.stages import CHECKPOINT_OF, random_ranking
 from minitron.config.compose import to_yaml
-from minitron.config.run import SourceKind
+from minitron.config.precision import Dtype
+from minitron.config.run import SourceDtype, SourceKind
 from minitron.config.trainings import TRAININGS, settings_of
 from minitron.data.build import build_dataset
 from minitron.data.summary import Split, require_tokens
@@ -20,6 +21,7 @@ from minitron.eval.run import check_better_than_chance, evaluate
 from minitron.models.axes import num_embedding_parameters, num_parameters
 from minitron.models.hf_import import import_model
 from minitron.models.random_source import write_random_model
+from minitron.models.transformer_config import TORCH_DTYPE
 from minitron.prune.run import prune, score
 from minitron.prune.scores import Scores
 from minitron.runtime.session import Session
@@ -77,25 +79,29 @@ def _given_checkpoint(session: Session, out: Path) -> Path:
 
 
 def _import(session: Session, out: Path) -> Values:
-    source = Path(session.config.source.path or "")
-    if session.config.source.kind is SourceKind.random:
+    settings = session.config.source
+    is_random = settings.kind is SourceKind.random
+    source = Path(settings.path or "")
+    if is_random:
         source = out / "source"
         if session.is_main:
-            write_random_model(session.config.source.random, source)
+            write_random_model(settings.random, source)
         torch.distributed.barrier()
     with session.progress("import") as progress:
         info = import_model(
             source,
             out,
+            dtype=None if settings.dtype is SourceDtype.auto else TORCH_DTYPE[Dtype(settings.dtype.value)],
             rank=session.groups.world_rank,
             world_size=session.groups.world_size,
             on_progress=progress.update,
         )
     total = num_parameters(info.model)
     return {
-        "name": info.name,
+        "name": f"random {info.model.num_layers}-layer model" if is_random else info.name,
         "parameters": total,
         "non_embedding": total - num_embedding_parameters(info.model),
+        **info.origin,
     }
 
 

@@ -94,6 +94,7 @@ def _card(session: Session) -> str:
     return model_card(
         name=session.config.name,
         source=str(imported["summary"]["name"]),
+        origin=imported["summary"],
         before=read_model_config(run.stage("source")),
         after=read_model_config(run.stage("distill")),
         figures=figures,

@@ -1,10 +1,12 @@
 """Turn a verb into a job: check everything that can be checked, then start the ranks for what is not done."""
 
+import json
 from pathlib import Path
 
 from rich.console import Console
 
 from minitron.cli.stages import lines_of, stages_of
+from minitron.cli.turn import in_turn
 from minitron.cli.worker import run_rank
 from minitron.config.compose import load_resolved, to_yaml
 from minitron.config.model import ModelConfig
@@ -14,33 +16,36 @@ from minitron.config.run import RunConfig, SourceKind
 from minitron.errors import ConfigError, ModelError
 from minitron.models.hf_import import inspect_source
 from minitron.models.random_source import random_model
-from minitron.pipeline import Planned, plan_stages
+from minitron.pipeline import Planned, outside_hashes, plan_stages
 from minitron.runtime.artefact import RunFolder, storage_error
 from minitron.runtime.device import check_num_ranks, resolve_device
-from minitron.runtime.env import dist_env
+from minitron.runtime.env import DistEnv, wandb_mode
 from minitron.runtime.environment import environment
 from minitron.runtime.launch import launch_local
 
 RESOLVED_FILE = "resolved.yaml"
 
 
-def run_job(verb: str, config: RunConfig) -> int:
+def run_job(verb: str, config: RunConfig, env: DistEnv | None) -> int:
     """Run a verb to its end.
 
     Args:
         verb: One of the command line's verbs.
         config: The composed configuration.
+        env: This process's rank when torchrun started it, else None.
 
     Returns:
         Exit code.
     """
-    check_models(config)
-    resolve_device(config.device, config.parallel)
-    env = dist_env()
-    if env is not None:
-        check_num_ranks(env, config.parallel)
     run = RunFolder(Path(config.runs_dir) / config.name)
-    wanted = wanted_stages(verb, config)
+    with in_turn(env):
+        if env is not None:
+            check_num_ranks(env, config.parallel)
+        check_models(config)
+        resolve_device(config.device, config.parallel)
+        if config.tracking.wandb:
+            wandb_mode()
+        wanted = wanted_stages(verb, config)
     console = Console(soft_wrap=True)
     if env is not None:  # torchrun started us: this process is one rank, and rank 0 plans
         if env.rank == 0:
@@ -49,13 +54,15 @@ def run_job(verb: str, config: RunConfig) -> int:
         if env.rank == 0:
             _show_end(run, wanted, config, console)
         return 0
-    planned = plan_stages(stages_of(config), config, run, wanted)
+    outside = outside_hashes(stages_of(config), config)
+    planned = plan_stages(stages_of(config), config, run, wanted, outside)
     if all(item.done for item in planned):
         _say_done(planned, run, console)
     else:
         resolved = _write_resolved(run, config)
         console.print(f"[bold]{config.name}[/]: {config.parallel.arithmetic()} ranks, artefacts in {run.path}/")
-        code = launch_local(resolved, wanted, num_ranks=config.parallel.num_ranks)
+        arguments = [str(resolved), ",".join(wanted), json.dumps(outside)]
+        code = launch_local(arguments, num_ranks=config.parallel.num_ranks)
         if code:
             return code
     _show_end(run, wanted, config, console)

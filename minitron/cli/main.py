@@ -6,8 +6,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import minitron
+from minitron.cli.turn import in_turn, report_error
 from minitron.errors import ConfigError, MinitronError
 from minitron.log import complain
+from minitron.runtime.env import DistEnv, dist_env
 
 VERBS: dict[str, tuple[str, str]] = {
     "compress": ("the whole line, resumable: what is done is skipped", "source, data, prune, distill"),
@@ -40,19 +42,22 @@ Overrides are key=value, as in Hydra:
 
 def build_parser() -> argparse.ArgumentParser:
     """The command line's grammar."""
-    verbs = "\n".join(f"  {name:<10}{text}" for name, (text, _sections) in VERBS.items())
     parser = argparse.ArgumentParser(
         prog="minitron",
+        usage="minitron [-h] [--version] <verb> [key=value ...] [--print-config]",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         description="Make a large language model small: prune it by importance, retrain it by distillation.",
-        epilog=f"verbs:\n{verbs}\n\n{_EPILOG}\nTry it: minitron compress experiment=demo",
+        epilog=f"{_EPILOG}\nTry it: minitron compress experiment=demo",
     )
     parser.add_argument("--version", action="version", version=f"minitron {minitron.__version__}")
-    subparsers = parser.add_subparsers(dest="verb", metavar="<verb>", required=True)
+    verbs = "\n".join(f"  {name:<10}{text}" for name, (text, _sections) in VERBS.items())
+    # The list is ours: argparse's own wraps the lines, and prints a suppressed verb all the same.
+    subparsers = parser.add_subparsers(
+        title="verbs", description=verbs, help=argparse.SUPPRESS, dest="verb", required=True, prog="minitron"
+    )
     for name, (text, sections) in VERBS.items():
         sub = subparsers.add_parser(
             name,
-            help=argparse.SUPPRESS,
             formatter_class=argparse.RawDescriptionHelpFormatter,
             description=f"minitron {name}: {text}.\nReads the sections: {sections}.",
             epilog=_EPILOG,
@@ -62,37 +67,55 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """Parse a command line; overrides may stand on both sides of an option.
+
+    Raises:
+        SystemExit: It is no command of ours; what is wrong is printed.
+    """
+    parser = build_parser()
+    args, rest = parser.parse_known_args(argv)
+    unknown = [word for word in rest if word.startswith("-")]
+    if unknown:
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}")
+    args.overrides += rest
+    return args
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point of the console script.
 
     Returns:
         Exit code: 0, or the ``exit_code`` of the error that is printed in one line.
     """
-    args = build_parser().parse_args(argv)
+    args = parse(argv)
+    env = None
     try:
-        return _run(args.verb, args.overrides, print_config=args.print_config)
+        env = dist_env()
+        return _run(args.verb, args.overrides, env, print_config=args.print_config)
     except MinitronError as error:
-        complain(f"error: {error}")
+        report_error(error, env)
         return error.exit_code
     except KeyboardInterrupt:
         complain("interrupted; what is done is kept, the same command goes on from there")
         return 130
 
 
-def _run(verb: str, overrides: list[str], *, print_config: bool) -> int:
+def _run(verb: str, overrides: list[str], env: DistEnv | None, *, print_config: bool) -> int:
     from minitron.config.compose import compose_run, to_yaml
 
     if print_config:
         overrides = overrides or ["source.kind=random"]
         sys.stdout.write(to_yaml(compose_run(overrides)))
         return 0
-    config = compose_run(overrides)
+    with in_turn(env):
+        config = compose_run(overrides)
+        if verb == "eval" and config.eval.checkpoint and not Path(config.eval.checkpoint).exists():
+            raise ConfigError(f"eval.checkpoint={config.eval.checkpoint} does not exist")
 
     from minitron.cli.job import run_job
 
-    if verb == "eval" and config.eval.checkpoint and not Path(config.eval.checkpoint).exists():
-        raise ConfigError(f"eval.checkpoint={config.eval.checkpoint} does not exist")
-    return run_job(verb, config)
+    return run_job(verb, config, env)
 
 
 if __name__ == "__main__":

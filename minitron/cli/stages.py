@@ -205,9 +205,10 @@ def _section(config: RunConfig, name: str, *, drop: tuple[str, ...] = ()) -> Val
 
 
 def _source_values(config: RunConfig) -> Values:
+    values = {"source.dtype": config.source.dtype.value}
     if config.source.kind is SourceKind.random:
-        return flat_values(config.source.random, "source.random")
-    return {}  # what counts is the content, see _model_outside
+        return values | flat_values(config.source.random, "source.random")
+    return values  # what counts besides is the content, see _model_outside
 
 
 def _score_values(config: RunConfig) -> Values:

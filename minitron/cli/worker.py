@@ -1,8 +1,8 @@
 """One rank of a job: loads the composed configuration, joins the group, runs the stages that are not done."""
 
+import json
 import logging
 import sys
-import time
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,41 +10,46 @@ from pathlib import Path
 from rich.console import Console
 
 from minitron.cli.stages import stages_of
+from minitron.cli.turn import in_turn, report_error
 from minitron.config.compose import load_resolved
 from minitron.config.run import RunConfig
 from minitron.errors import MinitronError, PlatformError
-from minitron.log import complain
-from minitron.pipeline import Planned, plan_stages, run_stages
+from minitron.pipeline import OutsideHashes, Planned, plan_stages, run_stages
 from minitron.runtime.artefact import RunFolder
 from minitron.runtime.env import DistEnv, dist_env
-
-_OTHER_RANKS_WAIT_S = 5.0
-"""Rank 0 speaks first: an error that all ranks meet is printed once."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run stages on this rank.
 
     Args:
-        argv: Path of the resolved configuration, and the stages' names joined by commas.
+        argv: Path of the resolved configuration, the stages' names joined by commas, and, in JSON, the hashes of
+            outside content that the starting process made (`pipeline.outside_hashes`).
 
     Returns:
         Exit code.
     """
-    resolved, stages = sys.argv[1:] if argv is None else argv
+    resolved, stages, outside = sys.argv[1:] if argv is None else argv
     env = dist_env()
     try:
         if env is None:
             raise PlatformError(f"{__name__} is started by minitron or torchrun, not by hand")
-        run_rank(load_resolved(Path(resolved)), stages.split(","), env)
+        run_rank(load_resolved(Path(resolved)), stages.split(","), env, outside=json.loads(outside))
     except MinitronError as error:
-        report_error(error, rank=env.rank if env else 0)
+        report_error(error, env)
         return error.exit_code
     return 0
 
 
-def run_rank(config: RunConfig, wanted: Sequence[str], env: DistEnv) -> None:
-    """Join the job as one rank and run the wanted stages that are not done."""
+def run_rank(config: RunConfig, wanted: Sequence[str], env: DistEnv, *, outside: OutsideHashes | None = None) -> None:
+    """Join the job as one rank and run the wanted stages that are not done.
+
+    Args:
+        config: The resolved configuration.
+        wanted: Names of the stages.
+        env: This process's rank.
+        outside: See `plan_stages`.
+    """
     _quiet()
     import torch
 
@@ -52,15 +57,16 @@ def run_rank(config: RunConfig, wanted: Sequence[str], env: DistEnv) -> None:
     from minitron.runtime.device import check_num_ranks, process_group, resolve_device
     from minitron.runtime.session import Session
 
-    check_num_ranks(env, config.parallel)
-    device = resolve_device(config.device, config.parallel)
+    with in_turn(env):
+        check_num_ranks(env, config.parallel)
+        device = resolve_device(config.device, config.parallel)
     run = RunFolder(Path(config.runs_dir) / config.name)
-    with process_group(env, device), model_parallel(config.parallel, seed=config.seed) as groups:
+    with process_group(env, device), model_parallel(config.parallel, seed=config.seed) as groups, in_turn(env):
         session = Session(config=config, run=run, groups=groups, device=device, console=Console(soft_wrap=True))
         # Rank 0 plans: the others must not look while it moves folders.
         plan: list[object] = [None]
         if session.is_main:
-            planned = plan_stages(stages_of(config), config, run, wanted)
+            planned = plan_stages(stages_of(config), config, run, wanted, outside)
             plan = [[(item.stage.name, item.identity, item.done, item.changed) for item in planned]]
         torch.distributed.broadcast_object_list(plan, src=0)
         run_stages(_rebuild(plan[0], config), session)
@@ -68,20 +74,9 @@ def run_rank(config: RunConfig, wanted: Sequence[str], env: DistEnv) -> None:
 
 def _rebuild(plan: object, config: RunConfig) -> list[Planned]:
     """The plan with this process's own stage functions."""
-    from minitron.cli.stages import stages_of
-    from minitron.pipeline import Planned
-
     assert isinstance(plan, list)
     stages = {stage.name: stage for stage in stages_of(config)}
     return [Planned(stages[name], identity, done, changed) for name, identity, done, changed in plan]
-
-
-def report_error(error: MinitronError, *, rank: int) -> None:
-    """Print a user's error in one line; other ranks than 0 wait, and are stopped if rank 0 has one too."""
-    if rank != 0:
-        time.sleep(_OTHER_RANKS_WAIT_S)
-    where = "" if rank == 0 else f" (rank {rank})"
-    complain(f"error{where}: {error}")
 
 
 def _quiet() -> None:

@@ -9,7 +9,7 @@ from typing import Any, NoReturn
 
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
-from hydra.errors import HydraException
+from hydra.errors import HydraException, OverrideParseException
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
@@ -42,6 +42,7 @@ def compose_run(overrides: Sequence[str]) -> RunConfig:
     Raises:
         ConfigError: In one line: a mistyped key, a wrong type or value, an impossible combination.
     """
+    _check_sections(overrides)
     register()
     _register_resolvers()
     GlobalHydra.instance().clear()
@@ -108,6 +109,20 @@ def _package_file(package: str, name: str) -> str:
     return str(path)
 
 
+def _check_sections(overrides: Sequence[str]) -> None:
+    """Refuse a value for a whole section; only the groups, folders in ``conf/``, can be chosen by name."""
+    known = [key.removeprefix("run.") for key in flat_values(RunConfig(), "run")]
+    groups = {folder.name for folder in config_dir().iterdir() if folder.is_dir()}
+    for override in overrides:
+        key, _, value = override.lstrip("+").partition("=")
+        inside = [name for name in known if name.startswith(f"{key}.")]
+        if inside and key not in groups and not value.startswith("{"):
+            raise ConfigError(
+                f"{override}: {key} is a section, not a value; set its keys, such as {inside[0]}=... "
+                "(`minitron compress --print-config` shows them)"
+            )
+
+
 def _raise_in_one_line(error: Exception) -> NoReturn:
     """Turn Hydra's and OmegaConf's messages into one of ours.
 
@@ -133,8 +148,13 @@ def _raise_in_one_line(error: Exception) -> NoReturn:
     if available:
         options = ", ".join(o for o in available.group(2).split() if o != "schema")
         first = f"{first.rstrip('.')}; there are: {options}"
-    if first.startswith("Error parsing override"):
-        first += "; an override is key=value, such as experiment=demo"
+    parsing = next((e for e in chain if isinstance(e, OverrideParseException)), None)
+    if parsing is not None:
+        reason = str(parsing.message).partition("\n")[0]
+        first = (
+            f"cannot read '{parsing.override}' ({reason}); an override is key=value, such as experiment=demo, and a "
+            "value with special characters stands in quotes of its own: 'key=\"a[b]\"'"
+        )
     raise ConfigError(first) from None
 
 

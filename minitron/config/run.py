@@ -21,6 +21,14 @@ class Device(StrEnum):
     cuda = "cuda"
 
 
+class SourceDtype(StrEnum):
+    """Number format of the imported weights."""
+
+    auto = "auto"
+    fp32 = "fp32"
+    bf16 = "bf16"
+
+
 class OnChange(StrEnum):
     """What to do with a finished stage whose inputs have changed."""
 
@@ -56,6 +64,8 @@ class SourceConfig:
     """``path`` reads a Hugging Face folder or a GGUF file; ``random`` makes a tiny random model."""
     path: str | None = None
     """A Hugging Face folder (config.json, safetensors, tokenizer) or a .gguf file."""
+    dtype: SourceDtype = SourceDtype.auto
+    """Number format of the checkpoint that import writes: ``auto`` is bf16 where the source is, else fp32."""
     random: RandomModelConfig = field(default_factory=RandomModelConfig)
     """Shape of the random model."""
 
@@ -107,7 +117,7 @@ class TrackingConfig:
     """Where metrics go besides the metrics.jsonl that is always written."""
 
     wandb: bool = False
-    """Log to Weights & Biases; offline when no account is configured."""
+    """Log to Weights & Biases; offline when no account is configured (`wandb sync <stage>/wandb/offline-run-*`)."""
     wandb_project: str = "minitron"
     """Project in Weights & Biases."""
     tensorboard: bool = False

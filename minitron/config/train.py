@@ -43,42 +43,6 @@ class TrainConfig:
     save_interval_steps: int = 100
     """Steps between two checkpoints to resume from."""
 
-    def __post_init__(self) -> None:
-        """Check every value by itself."""
-        for name in ("num_tokens", "micro_batch_size", "global_batch_size", "log_interval_steps"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name}={getattr(self, name)} must be at least 1")
-        for name in (
-            "lr_warmup_steps",
-            "lr_warmup_tokens",
-            "eval_interval_steps",
-            "eval_tokens",
-            "save_interval_steps",
-        ):
-            if getattr(self, name) < 0:
-                raise ConfigError(f"{name}={getattr(self, name)} must not be negative")
-        if self.lr_warmup_steps and self.lr_warmup_tokens:
-            raise ConfigError(
-                f"lr_warmup_steps={self.lr_warmup_steps} and lr_warmup_tokens={self.lr_warmup_tokens} "
-                "both set the warm-up; leave one of them 0"
-            )
-        if not 0 <= self.min_lr <= self.lr:
-            raise ConfigError(f"min_lr={self.min_lr} must lie between 0 and lr={self.lr}")
-
-    def num_microbatches(self, data_parallel_size: int) -> int:
-        """Micro-batches of one step on one data-parallel rank.
-
-        Raises:
-            LayoutError: The global batch does not divide.
-        """
-        one = self.micro_batch_size * data_parallel_size
-        if self.global_batch_size % one:
-            raise LayoutError(
-                f"global_batch_size={self.global_batch_size} is not a multiple of micro_batch_size="
-                f"{self.micro_batch_size} x data_parallel_size={data_parallel_size} = {one}"
-            )
-        return self.global_batch_size // one
-
     def tokens_per_step(self, seq_length: int) -> int:
         """Tokens of one optimizer step."""
         return self.global_batch_size * seq_length
@@ -94,16 +58,45 @@ class TrainConfig:
         return self.lr_warmup_steps
 
 
-def check_train(train: TrainConfig, parallel: ParallelConfig, *, seq_length: int, who: str) -> None:
-    """Check a training section against the layout and the sequence length.
+def num_microbatches(global_batch_size: int, micro_batch_size: int, data_parallel_size: int) -> int:
+    """Micro-batches of one step on one data-parallel rank.
 
     Raises:
-        ConfigError: With the section's name in front.
+        LayoutError: The global batch does not divide.
     """
+    one = micro_batch_size * data_parallel_size
+    if global_batch_size < 1 or global_batch_size % one:
+        raise LayoutError(
+            f"global_batch_size={global_batch_size} is not a multiple of micro_batch_size="
+            f"{micro_batch_size} x data_parallel_size={data_parallel_size} = {one}; change one of them"
+        )
+    return global_batch_size // one
+
+
+def check_train(train: TrainConfig, parallel: ParallelConfig, *, seq_length: int, who: str) -> None:
+    """Check a training section: every value, then against the layout and the sequence length.
+
+    The section does not know its own place, so this is not done where the dataclass is made.
+
+    Args:
+        train: The section.
+        parallel: The layout.
+        seq_length: Tokens of a sequence.
+        who: The section's place in the run, such as ``distill.train``; every message starts with it.
+
+    Raises:
+        ConfigError: A value is out of range, or the warm-up is as long as the run.
+        LayoutError: The global batch does not divide.
+    """
+    _check_ranges(train, who)
     try:
-        train.num_microbatches(parallel.data_parallel_size)
+        num_microbatches(train.global_batch_size, train.micro_batch_size, parallel.data_parallel_size)
     except LayoutError as error:
         raise LayoutError(f"{who}: {error}") from error
+    if train.eval_tokens < seq_length:
+        raise ConfigError(
+            f"{who}.eval_tokens={train.eval_tokens} is less than one sequence of data.seq_length={seq_length} tokens"
+        )
     warmup, steps = train.warmup_steps(seq_length), train.num_steps(seq_length)
     if warmup >= steps:
         raise ConfigError(
@@ -111,3 +104,35 @@ def check_train(train: TrainConfig, parallel: ParallelConfig, *, seq_length: int
             f"(num_tokens={train.num_tokens} / ({train.global_batch_size} x {seq_length}) tokens a step); "
             "lower the warm-up or raise num_tokens"
         )
+
+
+def _check_ranges(train: TrainConfig, who: str) -> None:
+    """Every value by itself."""
+    least = {
+        "num_tokens": 1,
+        "micro_batch_size": 1,
+        "global_batch_size": 1,
+        "log_interval_steps": 1,
+        "lr_warmup_steps": 0,
+        "lr_warmup_tokens": 0,
+        "eval_interval_steps": 0,
+        "save_interval_steps": 0,
+        "clip_grad": 0,
+        "weight_decay": 0,
+    }
+    for name, lowest in least.items():
+        value = getattr(train, name)
+        if not value >= lowest:  # true for nan too
+            raise ConfigError(f"{who}.{name}={value} must be at least {lowest}")
+    if not train.adam_eps > 0:
+        raise ConfigError(f"{who}.adam_eps={train.adam_eps} must be more than 0")
+    for name in ("adam_beta1", "adam_beta2"):
+        if not 0 <= getattr(train, name) < 1:
+            raise ConfigError(f"{who}.{name}={getattr(train, name)} must lie in [0, 1)")
+    if train.lr_warmup_steps and train.lr_warmup_tokens:
+        raise ConfigError(
+            f"{who}.lr_warmup_steps={train.lr_warmup_steps} and {who}.lr_warmup_tokens={train.lr_warmup_tokens} "
+            "both set the warm-up; leave one of them 0"
+        )
+    if not 0 <= train.min_lr <= train.lr:
+        raise ConfigError(f"{who}.min_lr={train.min_lr} must lie between 0 and {who}.lr={train.lr}")

@@ -11,10 +11,11 @@ from typing import overload
 
 import torch
 
+from minitron.config.train import num_microbatches
 from minitron.data.batch import Batch
 from minitron.data.packed import PackedSequences, open_split
 from minitron.data.summary import Split, require_tokens
-from minitron.errors import ConfigError, LayoutError
+from minitron.errors import ConfigError
 
 Sample = dict[str, torch.Tensor]
 
@@ -199,22 +200,6 @@ def calibration_batches(
         dp_rank=dp_rank,
         dp_size=dp_size,
     )
-
-
-def num_microbatches(global_batch_size: int, micro_batch_size: int, dp_size: int) -> int:
-    """Return the micro-batches per DP rank and step.
-
-    Raises:
-        LayoutError: the global batch is not a multiple of ``micro_batch_size * dp_size``.
-    """
-    count, rest = divmod(global_batch_size, micro_batch_size * dp_size)
-    if rest or count == 0:
-        raise LayoutError(
-            f"global_batch_size {global_batch_size} is not a multiple of micro_batch_size "
-            f"{micro_batch_size} x data-parallel size {dp_size} = {micro_batch_size * dp_size}: "
-            "change one of them"
-        )
-    return count
 
 
 def _rank_slots(micro_batch_size: int, *, dp_rank: int, dp_size: int) -> Callable[[int], range]:

@@ -21,6 +21,7 @@ from minitron.config.model import Architecture, ModelConfig
 from minitron.errors import ModelError
 from minitron.models.hf_config import HfConfig, to_hf_config
 from minitron.models.hf_names import hf_tensors
+from minitron.models.origin import origin_of_gguf
 
 # Every key of the architecture that is understood; another one could change what the model computes.
 _KNOWN_KEYS = {
@@ -69,6 +70,8 @@ class GgufSource:
         }
         self.weight_files = [path]
         self.side_files: list[Path] = []
+        self.dtype = torch.float32  # what dequantising gives
+        self.origin = origin_of_gguf(self._field)
 
     def num_tokens(self) -> int:
         """Number of tokens in the file's vocabulary."""

@@ -176,6 +176,9 @@ def _refuse_unsupported(config: Mapping[str, Any]) -> None:
 
 def _rope(config: Mapping[str, Any], defaults: _Defaults) -> dict[str, Any]:
     """Rotary settings in one dict, whichever style config.json has."""
+    for key in ("rope_scaling", "rope_parameters"):
+        if not isinstance(config.get(key) or {}, Mapping):
+            raise ModelError(f"config.json: {key}={config[key]!r} is not an object")
     rope = dict(config.get("rope_scaling") or {}) | dict(config.get("rope_parameters") or {})
     rope.setdefault("rope_theta", _or(config, "rope_theta", defaults.rope_theta))
     rope.setdefault("rope_type", rope.pop("type", "default"))

@@ -18,6 +18,7 @@ from minitron.models.gguf import GgufSource
 from minitron.models.hf_config import HfConfig
 from minitron.models.hf_names import IGNORED_SUFFIXES, blocks, hf_tensors, hf_tensors_of
 from minitron.models.hf_source import FolderSource, Source
+from minitron.models.origin import Origin
 
 CHUNK_BYTES = 64 * 2**20  # rows of an embedding that are held at a time
 
@@ -36,6 +37,7 @@ class SourceInfo:
         hf_config: Its config.json.
         num_tokens: Tokens that its tokenizer knows.
         num_bytes: Size of the weights' files.
+        origin: Its base model and licence, where it names them.
     """
 
     path: Path
@@ -45,6 +47,7 @@ class SourceInfo:
     hf_config: HfConfig
     num_tokens: int
     num_bytes: int
+    origin: Origin
 
 
 @dataclass(frozen=True)
@@ -72,7 +75,7 @@ def import_model(
     source: Path,
     out: Path,
     *,
-    dtype: torch.dtype = torch.float32,
+    dtype: torch.dtype | None = None,
     rank: int = 0,
     world_size: int = 1,
     group: ProcessGroup | None = None,
@@ -86,7 +89,7 @@ def import_model(
     Args:
         source: A local Hugging Face folder (safetensors), or a ``.gguf`` file.
         out: Checkpoint folder to make.
-        dtype: Element type of the checkpoint.
+        dtype: Element type of the checkpoint; None keeps the source's (`Source.dtype`).
         rank: This rank.
         world_size: Number of ranks that share the work.
         group: Their process group; None is the default one.
@@ -98,6 +101,7 @@ def import_model(
     """
     opened = _open(source)
     info = _inspect(opened)
+    dtype = dtype or opened.dtype
     writer = CheckpointWriter(out / WEIGHTS_DIR, rank=rank, world_size=world_size)
     if rank == 0:
         write_model_config(out, info.model)
@@ -179,6 +183,7 @@ def _inspect(source: Source) -> SourceInfo:
         hf_config=source.hf_config,
         num_tokens=num_tokens,
         num_bytes=sum(file.stat().st_size for file in source.weight_files),
+        origin=source.origin,
     )
 
 

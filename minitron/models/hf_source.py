@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
+import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers import AutoTokenizer
@@ -14,6 +15,7 @@ from minitron.checkpoint.format import disk_errors
 from minitron.config.model import ModelConfig
 from minitron.errors import ModelError
 from minitron.models.hf_config import HfConfig, model_from_hf_config
+from minitron.models.origin import Origin, origin_of_folder
 
 INDEX_FILE = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"
@@ -58,6 +60,8 @@ class Source(Protocol):
         shapes: Shape of every tensor by its Hugging Face name.
         weight_files: The files that hold them.
         side_files: The config and tokenizer files.
+        dtype: bf16 where every tensor is stored so, else fp32, which holds the other formats without loss.
+        origin: Its base model and licence, where it names them.
     """
 
     path: Path
@@ -68,6 +72,8 @@ class Source(Protocol):
     shapes: Mapping[str, tuple[int, ...]]
     weight_files: list[Path]
     side_files: list[Path]
+    dtype: torch.dtype
+    origin: Origin
 
     def num_tokens(self) -> int:
         """One more than the tokenizer's largest id.
@@ -107,6 +113,9 @@ class FolderSource:
         self.shapes: Mapping[str, tuple[int, ...]] = {
             name: _shape(name, file, headers[file]) for name, file in self._file_of.items()
         }
+        stored = {headers[file][name]["dtype"] for name, file in self._file_of.items()}
+        self.dtype = torch.bfloat16 if stored == {"BF16"} else torch.float32
+        self.origin = origin_of_folder(path, self.hf_config.get("_name_or_path"))
         self.side_files = [path / name for name in _SIDE_FILES if (path / name).is_file()]
         self._open: dict[Path, Any] = {}
 
@@ -176,8 +185,8 @@ def _tensor_files(path: Path) -> dict[str, Path]:
             raise ModelError(f"{path} has neither {SINGLE_FILE} nor {INDEX_FILE}{found}")
         return {name: single for name in _read_header(single) if name != "__metadata__"}
     weight_map = read_json(path / INDEX_FILE).get("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map:
-        raise ModelError(f"{path / INDEX_FILE} has no weight_map")
+    if not isinstance(weight_map, dict) or not weight_map or not all(isinstance(f, str) for f in weight_map.values()):
+        raise ModelError(f"{path / INDEX_FILE} has no weight_map of tensor names to file names")
     shards = sorted(set(weight_map.values()))
     absent = [name for name in shards if not (path / name).is_file()]
     if absent:

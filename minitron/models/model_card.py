@@ -3,8 +3,11 @@
 from collections.abc import Mapping
 from typing import Any
 
+import yaml
+
 from minitron.config.model import ModelConfig
 from minitron.models.axes import num_embedding_parameters, num_parameters
+from minitron.models.origin import LICENSE_KEYS
 
 _SIZES = ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups", "kv_channels")
 
@@ -20,6 +23,7 @@ def model_card(
     *,
     name: str,
     source: str,
+    origin: Mapping[str, str],
     before: ModelConfig,
     after: ModelConfig,
     figures: Mapping[str, Mapping[str, Any]],
@@ -31,6 +35,7 @@ def model_card(
     Args:
         name: Name of the run.
         source: Name of the source model.
+        origin: Its base model and licence, where they are known (`minitron.models.origin`).
         before: Its architecture.
         after: The pruned architecture.
         figures: ``loss`` (nats per token), ``perplexity`` and ``num_tokens`` of each evaluated model.
@@ -45,8 +50,10 @@ def model_card(
     )
     tokens = next((figure["num_tokens"] for figure in figures.values()), 0)
     made_with = ", ".join(f"{key} {value}" for key, value in environment.items() if key != "machine")
+    known = {key: origin[key] for key in ("base_model", *LICENSE_KEYS) if key in origin}
+    front = yaml.safe_dump(known, sort_keys=False, allow_unicode=True) if known else ""
     return f"""---
-library_name: transformers
+{front}library_name: transformers
 pipeline_tag: text-generation
 tags:
 - minitron

@@ -1,5 +1,5 @@
 """The order of stages, and what it takes to run one exactly once."""
 
-from minitron.pipeline.stage import Planned, Stage, plan_stages, run_stages
+from minitron.pipeline.stage import OutsideHashes, Planned, Stage, outside_hashes, plan_stages, run_stages
 
-__all__ = ["Planned", "Stage", "plan_stages", "run_stages"]
+__all__ = ["OutsideHashes", "Planned", "Stage", "outside_hashes", "plan_stages", "run_stages"]

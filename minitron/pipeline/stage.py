@@ -22,6 +22,9 @@ if TYPE_CHECKING:  # a session brings Megatron-Core with it, which planning does
     from minitron.runtime.session import Session
 
 
+OutsideHashes = dict[str, dict[str, str]]
+"""By stage and name: hashes of content outside the run folder."""
+
 _PROBE_BYTES = 1 << 20
 
 
@@ -67,7 +70,18 @@ class Planned:
     changed: list[str]
 
 
-def plan_stages(stages: Sequence[Stage], config: RunConfig, run: RunFolder, wanted: Sequence[str]) -> list[Planned]:
+def outside_hashes(stages: Sequence[Stage], config: RunConfig) -> OutsideHashes:
+    """Hash what the stages read from outside the run folder; a large model takes minutes, so do it once a job."""
+    return {stage.name: stage.outside(config) for stage in stages}
+
+
+def plan_stages(
+    stages: Sequence[Stage],
+    config: RunConfig,
+    run: RunFolder,
+    wanted: Sequence[str],
+    outside: OutsideHashes | None = None,
+) -> list[Planned]:
     """Decide which of the wanted stages are done.
 
     Args:
@@ -75,16 +89,18 @@ def plan_stages(stages: Sequence[Stage], config: RunConfig, run: RunFolder, want
         config: The run's configuration.
         run: Its folder.
         wanted: Names of the stages to run.
+        outside: What `outside_hashes` gave a moment ago; None hashes now.
 
     Raises:
         ArtefactError: A finished stage was made with other inputs (see `RunFolder.is_done`), or a wanted stage needs
             one that is neither done nor wanted.
     """
+    outside = outside_hashes(stages, config) if outside is None else outside
     identities: dict[str, StageIdentity] = {}
     planned: list[Planned] = []
     for stage in stages:
         inputs = {name: identities[name].digest for name in stage.needs}
-        inputs |= stage.outside(config)
+        inputs |= outside[stage.name]
         identity = StageIdentity(stage.name, stage.values(config), inputs)
         identities[stage.name] = identity
         if stage.name not in wanted:

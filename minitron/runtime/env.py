@@ -3,6 +3,7 @@
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Literal
 
 from minitron.errors import PlatformError
 
@@ -37,11 +38,25 @@ def dist_env(environ: Mapping[str, str] | None = None) -> DistEnv | None:
     return DistEnv(rank=rank, world_size=world_size, local_rank=local_rank)
 
 
-def wandb_has_account() -> bool:
-    """An API key in the environment or the netrc file; without one wandb runs offline and asks nothing."""
+def wandb_mode() -> Literal["online", "offline", "disabled", "shared"]:
+    """The user's WANDB_MODE; else online with an API key in the environment or the netrc file, and offline without.
+
+    Without a key wandb would ask for one.
+
+    Raises:
+        PlatformError: WANDB_MODE has a value that wandb does not know.
+    """
+    match os.environ.get("WANDB_MODE") or ("online" if _has_wandb_key() else "offline"):
+        case ("online" | "offline" | "disabled" | "shared") as mode:
+            return mode
+        case other:
+            raise PlatformError(f"WANDB_MODE={other} is not known to wandb; set it to online, offline or disabled")
+
+
+def _has_wandb_key() -> bool:
     if os.environ.get("WANDB_API_KEY"):
         return True
-    netrc = os.path.expanduser("~/.netrc")
+    netrc = os.environ.get("NETRC") or os.path.expanduser("~/.netrc")
     try:
         with open(netrc, encoding="utf-8") as file:
             return "wandb" in file.read()

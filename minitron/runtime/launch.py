@@ -3,7 +3,6 @@
 import logging
 import sys
 import uuid
-from pathlib import Path
 
 from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -15,12 +14,11 @@ from minitron.runtime.env import set_rank_environment
 WORKER_MODULE = "minitron.cli.worker"
 
 
-def launch_local(resolved: Path, stages: list[str], *, num_ranks: int) -> int:
+def launch_local(arguments: list[str], *, num_ranks: int) -> int:
     """Run the worker on every rank and wait.
 
     Args:
-        resolved: The composed configuration; every rank loads this file.
-        stages: Names of the stages to run.
+        arguments: What every rank's worker gets (see `minitron.cli.worker.main`).
         num_ranks: Processes to start.
 
     Returns:
@@ -38,7 +36,7 @@ def launch_local(resolved: Path, stages: list[str], *, num_ranks: int) -> int:
         max_restarts=0,
         monitor_interval=0.2,
     )
-    command = ["-m", WORKER_MODULE, str(resolved), ",".join(stages)]
+    command = ["-m", WORKER_MODULE, *arguments]
     try:
         elastic_launch(config, sys.executable)(*command)
     except ChildFailedError as error:

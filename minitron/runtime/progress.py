@@ -13,11 +13,12 @@ from rich.progress import (
     SpinnerColumn,
     TaskID,
     TextColumn,
-    TimeElapsedColumn,
     TimeRemainingColumn,
 )
 
 _LINE_INTERVAL_S = 15.0
+_BESIDE_THE_BAR = 69
+"""Characters of a line without its bar; rich would cut the numbers short before the bar."""
 
 
 class StageProgress:
@@ -43,10 +44,9 @@ class StageProgress:
             self._live = Progress(
                 SpinnerColumn(),
                 TextColumn("[bold]{task.description:<14}"),
-                BarColumn(bar_width=24),
+                BarColumn(bar_width=min(24, max(4, self._console.width - _BESIDE_THE_BAR))),
                 MofNCompleteColumn(),
                 TextColumn("{task.fields[note]}"),
-                TimeElapsedColumn(),
                 TextColumn("left"),
                 TimeRemainingColumn(),
                 console=self._console,

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from minitron.config.run import TrackingConfig
-from minitron.runtime.env import wandb_has_account
+from minitron.runtime.env import wandb_mode
 
 METRICS_FILE = "metrics.jsonl"
 
@@ -45,17 +45,21 @@ class MetricsWriter:
         if tracking.wandb:
             import wandb
 
+            mode = wandb_mode()
             self._wandb = wandb.init(
                 project=tracking.wandb_project,
                 name=run_name,
                 config=config,
                 dir=str(folder),
-                mode="online" if wandb_has_account() else "offline",
+                mode=mode,
+                # Its capture of the console would tear the progress bar. Offline it has nothing to say but the path
+                # of its folder, and that moves when the stage is done.
+                settings=wandb.Settings(console="off", silent=mode != "online"),
             )
         if tracking.tensorboard:
             from torch.utils.tensorboard import SummaryWriter
 
-            self._tensorboard = SummaryWriter(log_dir=str(folder / "tensorboard"))
+            self._tensorboard = SummaryWriter(log_dir=str(folder / "tensorboard"), purge_step=first_step)
 
     def write(self, step: int, values: dict[str, float]) -> None:
         """Append one record.
@@ -77,7 +81,7 @@ class MetricsWriter:
     def close(self) -> None:
         """Flush the trackers."""
         if self._wandb is not None:
-            self._wandb.finish(quiet=True)
+            self._wandb.finish()
         if self._tensorboard is not None:
             self._tensorboard.close()
 

@@ -68,9 +68,11 @@ def test_help(capsys: pytest.CaptureFixture[str]) -> None:
         main(["--help"])
     assert caught.value.code == 0
     out = capsys.readouterr().out
+    assert "SUPPRESS" not in out
+    lines = out.splitlines()
     for verb, (what, _sections) in VERBS.items():
-        assert verb in out
-        assert what in out
+        assert len([line for line in lines if line.split()[:1] == [verb]]) == 1
+        assert len([line for line in lines if line.split() == [verb, *what.split()]]) == 1
     assert "minitron compress experiment=demo" in out
     assert max(len(line) for line in out.splitlines()) <= 120
 
@@ -91,6 +93,15 @@ def test_unknown_verb(capsys: pytest.CaptureFixture[str]) -> None:
         main(["compres"])
     assert caught.value.code == 2
     assert "invalid choice: 'compres'" in capsys.readouterr().err
+
+
+def test_overrides_on_both_sides_of_an_option(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["compress", "experiment=tiny", "--print-config", "seed=7"]) == 0
+    assert "seed: 7\n" in capsys.readouterr().out
+    with pytest.raises(SystemExit) as caught:
+        main(["compress", "experiment=tiny", "--print-confg", "seed=7"])
+    assert caught.value.code == 2
+    assert "unrecognized arguments: --print-confg" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("overrides", [[], ["experiment=tiny", "prune.hidden_size=56"]])
@@ -250,7 +261,7 @@ def test_more_processes_than_ranks(fails: Fails, monkeypatch: pytest.MonkeyPatch
 
 def test_run_folder_of_another_model(fails: Fails, model: Path, text: list[str], tmp_path: Path) -> None:
     run = RunFolder(tmp_path / "runs" / "mine")
-    identity = StageIdentity("import", {}, {"model": "other"})
+    identity = StageIdentity("import", {"source.dtype": "auto"}, {"model": "other"})
     run.begin(identity, resumable=False)
     run.finish(identity, summary={}, seconds=0.0, environment={})
     for on_change in ("error", "rerun"):

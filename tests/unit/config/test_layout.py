@@ -6,7 +6,7 @@ import pytest
 
 from minitron.config.model import Architecture, ModelConfig
 from minitron.config.parallel import ParallelConfig, check_layout, stage_layers
-from minitron.config.train import TrainConfig, check_train
+from minitron.config.train import TrainConfig, check_train, num_microbatches
 from minitron.errors import ConfigError, LayoutError, ModelError
 
 MODEL = ModelConfig(
@@ -143,20 +143,34 @@ def test_steps_and_warmup_in_tokens() -> None:
     assert replace(train, lr_warmup_tokens=0, lr_warmup_steps=5).warmup_steps(128) == 5
     assert replace(train, num_tokens=10_240).num_steps(128) == 10
     assert replace(train, num_tokens=10_241).num_steps(128) == 11
-    assert train.num_microbatches(1) == 4
-    assert train.num_microbatches(4) == 1
 
 
-def test_train_config_refuses() -> None:
-    with pytest.raises(ConfigError, match="both set the warm-up; leave one of them 0"):
-        TrainConfig(lr_warmup_steps=1, lr_warmup_tokens=1)
-    with pytest.raises(ConfigError, match="log_interval_steps=0 must be at least 1"):
-        TrainConfig(log_interval_steps=0)
-    with pytest.raises(ConfigError, match="save_interval_steps=-1 must not be negative"):
-        TrainConfig(save_interval_steps=-1)
+def test_num_microbatches() -> None:
+    assert num_microbatches(8, 2, 1) == 4
+    assert num_microbatches(8, 2, 4) == 1
     with pytest.raises(LayoutError) as caught:
-        TrainConfig(micro_batch_size=2).num_microbatches(3)
-    assert str(caught.value) == "global_batch_size=8 is not a multiple of micro_batch_size=2 x data_parallel_size=3 = 6"
+        num_microbatches(8, 2, 3)
+    assert str(caught.value) == (
+        "global_batch_size=8 is not a multiple of micro_batch_size=2 x data_parallel_size=3 = 6; change one of them"
+    )
+    with pytest.raises(LayoutError, match="global_batch_size=0 is not a multiple"):
+        num_microbatches(0, 2, 1)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"lr_warmup_steps": 1, "lr_warmup_tokens": 1}, "a.b.lr_warmup_steps=1 and a.b.lr_warmup_tokens=1 both set"),
+        ({"log_interval_steps": 0}, "a.b.log_interval_steps=0 must be at least 1"),
+        ({"save_interval_steps": -1}, "a.b.save_interval_steps=-1 must be at least 0"),
+        ({"micro_batch_size": 3}, "a.b: global_batch_size=8 is not a multiple of micro_batch_size=3"),
+        ({"eval_tokens": 511}, "a.b.eval_tokens=511 is less than one sequence of data.seq_length=512 tokens"),
+    ],
+)
+def test_messages_say_where_the_section_is(values: dict[str, int], message: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        check_train(TrainConfig(**values), ParallelConfig(), seq_length=512, who="a.b")  # type: ignore[arg-type]
+    assert str(caught.value).startswith(message)
 
 
 def test_warmup_must_be_shorter_than_the_run() -> None:

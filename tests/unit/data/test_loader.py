@@ -178,7 +178,7 @@ def test_calibration_is_the_start_of_the_seeded_train_order(
 
 
 def test_errors(data_dir: Path, tmp_path: Path) -> None:
-    with pytest.raises(LayoutError, match=r"global_batch_size 12 .* micro_batch_size 5 x data-parallel size 2 = 10"):
+    with pytest.raises(LayoutError, match=r"global_batch_size=12 .* micro_batch_size=5 x data_parallel_size=2 = 10"):
         train(data_dir, micro_batch_size=5, dp_size=2)
     with pytest.raises(DataError, match=r"'train' has \d+ tokens but 9999 sequences x 16 tokens"):
         train(data_dir, global_batch_size=9999)

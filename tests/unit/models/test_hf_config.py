@@ -113,6 +113,7 @@ def test_llama3_rope_in_every_spelling(rope: dict[str, Any]) -> None:
         ({"rope_scaling": {"type": "linear", "factor": 2.0}}, ["linear", "default, llama3"]),
         ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4}}, ["yarn", "default, llama3"]),
         ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, ["low_freq_factor"]),
+        ({"rope_parameters": 5}, ["rope_parameters=5 is not an object"]),
         ({"partial_rotary_factor": 0.5}, ["partial_rotary_factor=0.5"]),
         ({"quantization_config": {"quant_method": "awq"}}, ["awq"]),
         ({"hidden_size": None}, ["hidden_size"]),

@@ -72,6 +72,7 @@ BROKEN: dict[str, tuple[Callable[[Path], object], str]] = {
         r"1 of the \d+ files .* are missing \(first: model-00002-of-",
     ),
     "index empty": (lambda f: (f / INDEX).write_text("{}"), "has no weight_map"),
+    "index of numbers": (lambda f: (f / INDEX).write_text('{"weight_map": {"a": 3}}'), "has no weight_map of tensor"),
     "index wrong": (unlist_tensor, r"has no tensor .*, though .*index\.json says so"),
     "cut short": (cut_short, r"has \d+ bytes, its header says \d+"),
     "header cut short": (

@@ -1,12 +1,14 @@
 """Hugging Face folder -> checkpoint -> Hugging Face folder: bit-identical tensors, an equal config."""
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from minitron.checkpoint.folder import (
@@ -22,6 +24,7 @@ from minitron.models import hf_import
 from minitron.models.axes import global_shape, params_of
 from minitron.models.hf_export import export_model, hf_logits
 from minitron.models.hf_import import import_model
+from minitron.models.hf_source import SINGLE_FILE
 from tests.helpers.pool import WorkerPool
 from tests.unit.checkpoint.workers import load_and_save
 from tests.unit.models import tiny_hf, workers
@@ -58,12 +61,52 @@ def test_round_trip_is_bit_identical(tmp_path: Path, variant: str) -> None:
 
 def test_bf16_survives_an_fp32_checkpoint(tmp_path: Path) -> None:
     source = save_tiny(tmp_path / "source", dtype=torch.bfloat16)
-    import_model(source, tmp_path / "checkpoint")
+    import_model(source, tmp_path / "checkpoint", dtype=torch.float32)
     reader = CheckpointReader(weights_dir(tmp_path / "checkpoint"))
     assert {info.dtype for info in reader.tensors.values()} == {torch.float32}
     export_model(tmp_path / "checkpoint", tmp_path / "out", dtype=torch.bfloat16)
     assert_same_model(tmp_path / "out", source)
     assert json.loads((tmp_path / "out" / "config.json").read_text())["dtype"] == "bfloat16"
+
+
+@pytest.mark.parametrize(
+    ("stored", "kept"),
+    [
+        (torch.bfloat16, torch.bfloat16),
+        (torch.float16, torch.float32),  # bf16 would round it
+        (torch.float32, torch.float32),
+    ],
+)
+def test_the_checkpoint_has_the_sources_dtype(tmp_path: Path, stored: torch.dtype, kept: torch.dtype) -> None:
+    source = save_tiny(tmp_path / "source", dtype=stored)
+    import_model(source, tmp_path / "checkpoint")
+    reader = CheckpointReader(weights_dir(tmp_path / "checkpoint"))
+    assert {info.dtype for info in reader.tensors.values()} == {kept}
+    export_model(tmp_path / "checkpoint", tmp_path / "out", dtype=stored)
+    assert_same_model(tmp_path / "out", source)
+
+
+def test_one_fp32_tensor_makes_an_fp32_checkpoint(tmp_path: Path) -> None:
+    source = save_tiny(tmp_path / "source", dtype=torch.bfloat16)
+    tensors = read_folder(source)
+    tensors["model.norm.weight"] = tensors["model.norm.weight"].float() + 1e-6  # not a bf16 number
+    save_file(tensors, source / SINGLE_FILE)
+    import_model(source, tmp_path / "checkpoint")
+    reader = CheckpointReader(weights_dir(tmp_path / "checkpoint"))
+    assert {info.dtype for info in reader.tensors.values()} == {torch.float32}
+    assert torch.equal(reader.read("decoder.final_layernorm.weight"), tensors["model.norm.weight"])
+
+
+def test_megatron_loads_a_bf16_checkpoint_into_an_fp32_model(tmp_path: Path, pool: WorkerPool) -> None:
+    source = save_tiny(tmp_path / "source", dtype=torch.bfloat16)
+    import_model(source, tmp_path / "checkpoint")
+    shutil.copytree(tmp_path / "checkpoint" / SIDE_DIR, tmp_path / "saved" / SIDE_DIR)
+    layout = ParallelConfig(tensor_model_parallel_size=2)
+    pool.run(load_and_save, 2, tmp_path / "checkpoint", tmp_path / "saved", layout)
+    export_model(tmp_path / "saved", tmp_path / "out", dtype=torch.float32)
+    ours, theirs = read_folder(tmp_path / "out"), read_folder(source)
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], tensor.float()) for name, tensor in theirs.items())
 
 
 def test_the_dtype_is_named_as_the_source_named_it(tmp_path: Path) -> None:

@@ -1,11 +1,17 @@
-"""metrics.jsonl through kills and resumes, and TensorBoard's event file."""
+"""metrics.jsonl through kills and resumes, TensorBoard's event file, and an offline run of Weights & Biases."""
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
+import pytest
+import wandb
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from wandb.proto.wandb_internal_pb2 import Record
 
 from minitron.config.run import TrackingConfig
+from minitron.errors import PlatformError
+from minitron.runtime.env import wandb_mode
 from minitron.runtime.tracking import METRICS_FILE, MetricsWriter, read_metrics
 
 
@@ -13,7 +19,7 @@ def _writer(
     folder: Path, *, first_step: int = 1, enabled: bool = True, tracking: TrackingConfig | None = None
 ) -> MetricsWriter:
     tracking = tracking or TrackingConfig()
-    return MetricsWriter(folder, tracking, run_name="t", config={}, first_step=first_step, enabled=enabled)
+    return MetricsWriter(folder, tracking, run_name="t", config={"run.seed": 7}, first_step=first_step, enabled=enabled)
 
 
 def test_records_are_read_back(tmp_path: Path) -> None:
@@ -59,3 +65,74 @@ def test_tensorboard_event_file(tmp_path: Path) -> None:
     writer.close()
     events = EventAccumulator(str(tmp_path / "tensorboard")).Reload().Scalars("loss")
     assert [(event.step, event.value) for event in events] == [(1, 1.5), (2, 0.5)]
+
+
+def test_tensorboard_after_a_resume_has_each_step_once(tmp_path: Path) -> None:
+    tracking = TrackingConfig(tensorboard=True)
+    writer = _writer(tmp_path, tracking=tracking)
+    for step in (1, 2, 3):
+        writer.write(step, {"loss": float(step)})
+    writer.close()
+    resumed = _writer(tmp_path, tracking=tracking, first_step=2)  # saved after step 1
+    resumed.write(2, {"loss": 20.0})
+    resumed.close()
+    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload().Scalars("loss")
+    assert [(event.step, event.value) for event in events] == [(1, 1.0), (2, 20.0)]
+
+
+@pytest.fixture
+def no_account(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No key, and nothing of wandb's outside the test's folder."""
+    for name in ("WANDB_API_KEY", "WANDB_MODE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+    for name in ("CONFIG", "CACHE", "DATA"):
+        monkeypatch.setenv(f"WANDB_{name}_DIR", str(tmp_path / "home"))
+
+
+def _wandb_records(file: Path) -> Iterator[Record]:
+    """Records of a .wandb file: 7 bytes of header, then LevelDB's log format."""
+    data, block, place, payload = file.read_bytes(), 32768, 7, b""
+    while place + 7 <= len(data):
+        if block - place % block < 7:  # no room for a record's header: the rest of the block is empty
+            place += block - place % block
+            continue
+        length, kind = int.from_bytes(data[place + 4 : place + 6], "little"), data[place + 6]
+        payload += data[place + 7 : place + 7 + length]
+        place += 7 + length
+        if kind in (1, 4):  # whole, or the last part
+            yield Record.FromString(payload)
+            payload = b""
+
+
+@pytest.mark.usefixtures("no_account")
+def test_wandb_without_an_account_is_offline(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    writer = _writer(tmp_path / "out", tracking=TrackingConfig(wandb=True, wandb_project="p"))
+    for step in (1, 2):
+        writer.write(step, {"loss": 0.5**step, "lr": 3.0})
+    writer.close()
+    wandb.teardown()  # its service process
+    assert capfd.readouterr() == ("", "")  # nothing asked, nothing said
+    (folder,) = (tmp_path / "out" / "wandb").glob("offline-run-*")
+    records = list(_wandb_records(next(folder.glob("run-*.wandb"))))
+    run = next(record.run for record in records if record.HasField("run"))
+    assert (run.display_name, run.project) == ("t", "p")
+    assert {item.key: json.loads(item.value_json) for item in run.config.update}["run.seed"] == 7
+    history = [
+        {item.key or item.nested_key[0]: json.loads(item.value_json) for item in record.history.item}
+        for record in records
+        if record.HasField("history")
+    ]
+    assert [(row["_step"], row["loss"], row["lr"]) for row in history] == [(1, 0.5, 3.0), (2, 0.25, 3.0)]
+
+
+@pytest.mark.usefixtures("no_account")
+def test_wandb_mode(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert wandb_mode() == "offline"
+    (tmp_path / "netrc").write_text("machine api.wandb.ai login user password x")
+    assert wandb_mode() == "online"
+    monkeypatch.setenv("WANDB_MODE", "disabled")  # the user's word
+    assert wandb_mode() == "disabled"
+    monkeypatch.setenv("WANDB_MODE", "of")
+    with pytest.raises(PlatformError, match="WANDB_MODE=of is not known to wandb"):
+        wandb_mode()

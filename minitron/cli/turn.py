@@ -1,0 +1,42 @@
+"""One voice for many ranks: who prints an error that several of them meet."""
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from minitron.errors import MinitronError
+from minitron.log import complain
+from minitron.runtime.env import DistEnv
+
+_BEHIND_RANK_0_S = 20.0
+"""Ranks start this far apart at worst, on a busy machine."""
+_BEHIND_A_PEER_S = 2.0
+"""The launcher needs less to see that a rank has ended, and to stop the others."""
+
+
+@contextmanager
+def in_turn(env: DistEnv | None) -> Iterator[None]:
+    """Hold this rank's error back while another may have the one to print: the launcher then stops this rank.
+
+    Rank 0 speaks first, so an error that all ranks meet is printed once. An error that is no user's waits on rank 0
+    too: most often it is a broken connection to a rank that has just said what is wrong. To be used inside the
+    process group: leaving that is what breaks the others' connections.
+
+    Args:
+        env: This process's rank; None when it is alone.
+    """
+    try:
+        yield
+    except Exception as error:
+        if env is not None and env.world_size > 1:
+            if env.rank != 0:
+                time.sleep(_BEHIND_RANK_0_S)
+            elif not isinstance(error, MinitronError):
+                time.sleep(_BEHIND_A_PEER_S)
+        raise
+
+
+def report_error(error: MinitronError, env: DistEnv | None) -> None:
+    """Print a user's error in one line."""
+    where = f" (rank {env.rank})" if env is not None and env.rank else ""
+    complain(f"error{where}: {error}")
