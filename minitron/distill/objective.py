@@ -10,8 +10,9 @@ from dataclasses import dataclass
 
 from megatron.core.models.gpt.gpt_model import GPTModel
 
+from minitron.config.logit_loss import LogitLossConfig
 from minitron.data.batch import Batch
-from minitron.losses import linear_kl
+from minitron.losses import linear_distillation
 from minitron.models.gpt import FinalState
 from minitron.models.loss_inputs import loss_inputs
 from minitron.parallel.groups import Groups
@@ -71,11 +72,12 @@ class ForwardKL:
         split = self.sequence_parallel
         hidden_TH, weights_T = loss_inputs(state.hidden_SBH, batch, self.groups, sequence_parallel=split)
         teacher_TH, _ = loss_inputs(signal.hidden_SBH, batch, self.groups, sequence_parallel=split)
-        total = linear_kl(
+        total = linear_distillation(
             hidden_TH,
             state.weight_vH,
             teacher_TH,
             signal.weight_vH,
+            loss=LogitLossConfig(),
             vocab_size=self.vocab_size,
             tp_group=self.groups.tp,
             token_weights_T=weights_T,
