@@ -4,6 +4,7 @@ import math
 from dataclasses import dataclass, field
 from enum import StrEnum
 
+from minitron.config.logit_loss import LogitLossConfig
 from minitron.config.precision import Dtype
 from minitron.config.train import TrainConfig
 from minitron.errors import ConfigError
@@ -48,6 +49,8 @@ class DistillConfig:
     """Batch, schedule and optimizer."""
     teacher: TeacherConfig = field(default_factory=TeacherConfig)
     """The teacher and how it runs."""
+    logit_loss: LogitLossConfig = field(default_factory=LogitLossConfig)
+    """Loss between the teacher's and the student's distributions."""
     cross_entropy: CrossEntropyMixConfig = field(default_factory=CrossEntropyMixConfig)
     """Cross-entropy with the labels, mixed in."""
     teacher_microbatches: int = 0

@@ -10,10 +10,10 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from minitron.config.distill import CrossEntropyMixConfig, Mixing
+from minitron.config.distill import DistillConfig, Mixing
 from minitron.data.batch import Batch
 from minitron.distill.teacher import Signal, Teacher
-from minitron.losses import linear_kl
+from minitron.losses import linear_distillation
 from minitron.models.gpt import FinalState
 from minitron.models.loss_inputs import loss_inputs
 from minitron.parallel.groups import Groups
@@ -31,14 +31,14 @@ class Distillation:
         vocab_size: True size of the vocabulary, without padding.
         groups: This rank's process groups.
         sequence_parallel: Whether hidden states are split along the sequence.
-        cross_entropy: How much cross-entropy with the labels is mixed in.
+        recipe: The losses and their weights.
     """
 
     teacher: Teacher
     vocab_size: int
     groups: Groups
     sequence_parallel: bool
-    cross_entropy: CrossEntropyMixConfig
+    recipe: DistillConfig
 
     def signals(self, microbatches: Sequence[Batch]) -> Sequence[Signal]:
         """Run the teacher."""
@@ -48,11 +48,12 @@ class Distillation:
         """Mean loss per token, and its parts unweighted."""
         assert isinstance(signal, Signal)
         total = self._logit_loss(state, batch, signal)
-        terms = {"forward_kl": total.detach().clone()}
-        if self.cross_entropy.weight:
+        terms = {self.recipe.logit_loss.kind.value: total.detach().clone()}
+        mix = self.recipe.cross_entropy
+        if mix.weight:
             plain = CrossEntropy(self.vocab_size, self.groups, self.sequence_parallel).loss(state, batch, None)
-            weight: float | Tensor = self.cross_entropy.weight
-            if self.cross_entropy.mixing is Mixing.scaled:
+            weight: float | Tensor = mix.weight
+            if mix.mixing is Mixing.scaled:
                 weight = weight * total.detach() / plain.total.detach()
             total = total + weight * plain.total
             terms |= plain.terms
@@ -63,11 +64,12 @@ class Distillation:
         split = self.sequence_parallel
         hidden_TH, weights_T = loss_inputs(state.hidden_SBH, batch, self.groups, sequence_parallel=split)
         teacher_TH, _ = loss_inputs(signal.final.hidden_SBH, batch, self.groups, sequence_parallel=split)
-        return linear_kl(
+        return linear_distillation(
             hidden_TH,
             state.weight_vH,
             teacher_TH,
             signal.final.weight_vH,
+            loss=self.recipe.logit_loss,
             vocab_size=self.vocab_size,
             tp_group=self.groups.tp,
             token_weights_T=weights_T,

@@ -44,7 +44,7 @@ def distill(
         student_model.vocab_size,
         session.groups,
         session.config.parallel.sequence_parallel,
-        recipe.cross_entropy,
+        recipe,
     )
     summary = train_to_folder(
         session,

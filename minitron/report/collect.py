@@ -51,7 +51,14 @@ _MODELS = {  # role -> stages with its checkpoint and its evaluation
     Role.baseline: ("baseline", "eval_baseline"),
 }
 _TRAIN_PREFIX = "distill.train."
-_OBJECTIVES = {"forward_kl": "forward KL to the teacher", "cross_entropy": "cross-entropy on the text"}
+_OBJECTIVES = {
+    "forward_kl": "forward KL to the teacher",
+    "reverse_kl": "reverse KL to the teacher",
+    "jensen_shannon": "Jensen-Shannon divergence to the teacher",
+    "mse": "squared difference to the teacher's probabilities",
+    "cosine": "cosine distance to the teacher's probabilities",
+    "cross_entropy": "cross-entropy on the text",
+}
 
 Metas = dict[str, dict[str, Any]]
 

@@ -20,7 +20,7 @@ from minitron.config.precision import PrecisionConfig
 from minitron.config.run import Device
 from minitron.config.train import TrainConfig
 from minitron.data.batch import Batch
-from minitron.config.distill import CrossEntropyMixConfig
+from minitron.config.distill import DistillConfig
 from minitron.distill.objective import Distillation
 from minitron.distill.teacher import OnlineTeacher, freeze
 from minitron.eval.logits import model_logits
@@ -181,7 +181,7 @@ def _distillation(work: Work, groups: Groups) -> tuple[Trainable, Distillation]:
     student = _load(work.student, work.parallel, groups)
     trainable = make_trainable(student, train, groups, seq_length=length - 1)
     vocab_size = read_model_config(work.student).vocab_size
-    return trainable, Distillation(teacher, vocab_size, groups, False, CrossEntropyMixConfig())
+    return trainable, Distillation(teacher, vocab_size, groups, False, DistillConfig())
 
 
 def _shared(terms: dict[str, Tensor], groups: Groups) -> float:
