@@ -93,7 +93,7 @@ def check_models(config: RunConfig) -> None:
     """
     source = source_model(config)
     target = check_target(source, config.prune)
-    check_layout(source, config.parallel, who="teacher")
+    check_layout(source, config.parallel.plain(), who="teacher")
     check_layout(target, config.parallel, who="student")
     longest = min(source.max_position_embeddings, source.sliding_window or source.max_position_embeddings)
     if config.data.seq_length > longest:

@@ -15,6 +15,13 @@ def validate(run: RunConfig) -> None:
     _check_ranges(run)
     seq_length = run.data.seq_length
     check_train(run.distill.train, run.parallel, seq_length=seq_length, who="distill.train")
+    group, stages = run.distill.teacher_microbatches, run.parallel.pipeline_model_parallel_size
+    if run.parallel.num_chunks > 1 and group % stages:
+        raise ConfigError(
+            f"distill.teacher_microbatches={group} is not a multiple of parallel.pipeline_model_parallel_size="
+            f"{stages}, which virtual_pipeline_model_parallel_size={run.parallel.num_chunks} needs: each group of "
+            f"micro-batches is an interleaved schedule of its own; use 0 or a multiple of {stages}"
+        )
     for name, tokens in (("eval.num_tokens", run.eval.num_tokens), ("distill.train.eval_tokens", _eval_tokens(run))):
         if tokens < seq_length:
             raise ConfigError(f"{name}={tokens} is less than one sequence of data.seq_length={seq_length} tokens")

@@ -8,11 +8,9 @@ and its loss reads the signal. Both models' logits exist only chunk by chunk, in
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from megatron.core.models.gpt.gpt_model import GPTModel
-
 from minitron.data.batch import Batch
 from minitron.losses import linear_kl
-from minitron.models.gpt import FinalState
+from minitron.models.gpt import Chunks, FinalState
 from minitron.models.loss_inputs import loss_inputs
 from minitron.parallel.groups import Groups
 from minitron.train.heldout import forward_only
@@ -27,14 +25,14 @@ class OnlineTeacher:
         gpt: The teacher; frozen and in evaluation mode (see `freeze`).
     """
 
-    gpt: GPTModel
+    gpt: Chunks
 
     def states(self, microbatches: Sequence[Batch]) -> list[FinalState]:
         """Final states of the micro-batches on the last pipeline stage, an empty list elsewhere."""
         return forward_only(self.gpt, microbatches, lambda state, _batch: state)
 
 
-def freeze(gpt: GPTModel) -> GPTModel:
+def freeze(gpt: Chunks) -> Chunks:
     """Make a model a teacher: no gradient reaches its parameters."""
     gpt.eval()
     for parameter in gpt.parameters():

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from minitron.checkpoint.folder import copy_side_files
+from minitron.checkpoint.folder import copy_side_files, read_model_config
 from minitron.distill.objective import ForwardKL, OnlineTeacher, freeze
 from minitron.errors import ConfigError
 from minitron.models.load import load_gpt
@@ -23,8 +23,10 @@ def distill(session: Session, *, teacher: Path, student: Path, data: Path, out: 
     Raises:
         ConfigError: The two models have different vocabularies.
     """
-    teacher_gpt, teacher_model = load_gpt(teacher, session)
-    student_gpt, student_model = load_gpt(student, session)
+    parallel = session.config.parallel
+    teacher_layout = parallel.for_teacher(read_model_config(teacher).num_layers)
+    teacher_gpt, teacher_model = load_gpt(teacher, session, parallel=teacher_layout)
+    student_gpt, student_model = load_gpt(student, session, parallel=parallel)
     if teacher_model.vocab_size != student_model.vocab_size:
         raise ConfigError(
             f"teacher vocab_size={teacher_model.vocab_size} and student vocab_size={student_model.vocab_size} differ; "

@@ -5,7 +5,6 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from megatron.core.models.gpt.gpt_model import GPTModel
 
 from minitron.checkpoint.folder import copy_side_files, read_model_config, write_model_config
 from minitron.checkpoint.model_io import save_model
@@ -13,7 +12,7 @@ from minitron.config.compose import flat_values
 from minitron.config.model import ModelConfig
 from minitron.config.train import TrainConfig
 from minitron.data.loader import TrainBatches, heldout_batches
-from minitron.models.gpt import build_gpt
+from minitron.models.gpt import Chunks, build_gpt
 from minitron.runtime.session import Session
 from minitron.runtime.tracking import MetricsWriter
 from minitron.train.heldout import heldout_loss
@@ -28,7 +27,7 @@ def train_to_folder(
     session: Session,
     *,
     stage: str,
-    gpt: GPTModel,
+    gpt: Chunks,
     model: ModelConfig,
     objective: Objective,
     settings: TrainConfig,
@@ -53,7 +52,7 @@ def train_to_folder(
         Step count, tokens and final held-out loss.
     """
     config, groups, seq_length = session.config, session.groups, session.config.data.seq_length
-    trainable = make_trainable(gpt, settings, groups, seq_length=seq_length)
+    trainable = make_trainable(gpt, settings, config.parallel, groups, seq_length=seq_length)
     batches = TrainBatches(
         data,
         seq_length=seq_length,
@@ -80,7 +79,7 @@ def train_to_folder(
                 objective=objective,
                 batches=batches,
                 validate=lambda: heldout_loss(
-                    trainable.ddp, [batch.to(session.torch_device) for batch in heldout], cross_entropy, groups
+                    gpt, [batch.to(session.torch_device) for batch in heldout], cross_entropy, groups
                 ),
                 train=settings,
                 seq_length=seq_length,
@@ -92,7 +91,7 @@ def train_to_folder(
                 device=session.torch_device,
             )
         )
-    save_model(trainable.gpt, out)
+    save_model(gpt, out)
     if session.is_main:
         write_model_config(out, model)
         shutil.rmtree(out / STATES_DIR, ignore_errors=True)

@@ -9,22 +9,18 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from megatron.core.dist_checkpointing.strategies import filesystem_async
-from megatron.core.models.gpt.gpt_model import GPTModel
 from torch import Tensor
 
 from minitron.checkpoint.folder import read_model_config
 from minitron.checkpoint.model_io import load_model, save_model
 from minitron.compat.cpu import CPU_LAYER
 from minitron.config.parallel import ParallelConfig
-from minitron.config.precision import PrecisionConfig
-from minitron.config.run import Device
+from minitron.config.run import Device, PrecisionConfig
 from minitron.config.train import TrainConfig
 from minitron.data.batch import Batch
-from minitron.config.distill import CrossEntropyMixConfig
-from minitron.distill.objective import Distillation
-from minitron.distill.teacher import OnlineTeacher, freeze
+from minitron.distill.objective import ForwardKL, OnlineTeacher, freeze
 from minitron.eval.logits import model_logits
-from minitron.models.gpt import build_gpt
+from minitron.models.gpt import Chunks, build_gpt
 from minitron.parallel.groups import Groups, model_parallel
 from minitron.train.heldout import HeldoutLoss, heldout_loss
 from minitron.train.objective import CrossEntropy
@@ -90,7 +86,7 @@ def first_gradients(work: Work, out: Path) -> FirstGradients:
         trainable, objective = _distillation(work, groups)
         teacher = objective.teacher.gpt
         before = [p.clone() for p in teacher.parameters()]
-        trainable.ddp.zero_grad_buffer()
+        trainable.zero_grad()
         batches = microbatches(work.tokens_NGT[0], groups)
         terms = accumulate_gradients(trainable, objective, batches, group_size=work.group_size)
         _gather_gradients(trainable, groups)
@@ -117,7 +113,8 @@ def logits(
         gpt = _load(folder, parallel, groups).eval().to(dtype)
         gpt.config.pipeline_dtype = dtype
         vocab_size = read_model_config(folder).vocab_size
-        return model_logits(gpt, tokens_BS, groups, vocab_size=vocab_size), len(gpt.decoder.layers)
+        num_layers = sum(len(chunk.decoder.layers) for chunk in gpt)
+        return model_logits(gpt, tokens_BS, groups, vocab_size=vocab_size), num_layers
 
 
 def heldout(folder: Path, parallel: ParallelConfig, tokens_BT: Tensor, *, micro_batch_size: int) -> HeldoutLoss:
@@ -162,14 +159,14 @@ def _layout(parallel: ParallelConfig) -> Iterator[Groups]:
         yield groups
 
 
-def _load(folder: Path, parallel: ParallelConfig, groups: Groups) -> GPTModel:
+def _load(folder: Path, parallel: ParallelConfig, groups: Groups) -> Chunks:
     gpt = build_gpt(read_model_config(folder), parallel, PrecisionConfig(), groups, device=Device.cpu)
     load_model(gpt, folder)
     return gpt
 
 
-def _distillation(work: Work, groups: Groups) -> tuple[Trainable, Distillation]:
-    teacher = OnlineTeacher(freeze(_load(work.teacher, work.parallel, groups)))
+def _distillation(work: Work, groups: Groups) -> tuple[Trainable, ForwardKL]:
+    teacher = OnlineTeacher(freeze(_load(work.teacher, work.parallel.for_teacher(4), groups)))
     num_steps, size, length = work.tokens_NGT.shape
     train = TrainConfig(
         num_tokens=num_steps * size * (length - 1),
@@ -179,9 +176,9 @@ def _distillation(work: Work, groups: Groups) -> tuple[Trainable, Distillation]:
         lr_warmup_steps=1,
     )
     student = _load(work.student, work.parallel, groups)
-    trainable = make_trainable(student, train, groups, seq_length=length - 1)
+    trainable = make_trainable(student, train, work.parallel, groups, seq_length=length - 1)
     vocab_size = read_model_config(work.student).vocab_size
-    return trainable, Distillation(teacher, vocab_size, groups, False, CrossEntropyMixConfig())
+    return trainable, ForwardKL(teacher, vocab_size, groups, sequence_parallel=False)
 
 
 def _shared(terms: dict[str, Tensor], groups: Groups) -> float:
@@ -197,7 +194,6 @@ def _shared(terms: dict[str, Tensor], groups: Groups) -> float:
 
 def _gather_gradients(trainable: Trainable, groups: Groups) -> None:
     """Undo the distributed optimizer's scatter: every data-parallel rank gets the whole gradient."""
-    for buffer in trainable.ddp.buffers:
-        for bucket in buffer.buckets:
-            shard = bucket.grad_data.view(groups.dp.size(), -1)[groups.dp_rank].clone()
-            dist.all_gather_into_tensor(bucket.grad_data, shard, group=groups.dp)
+    for bucket in (bucket for ddp in trainable.ddp for buffer in ddp.buffers for bucket in buffer.buckets):
+        shard = bucket.grad_data.view(groups.dp.size(), -1)[groups.dp_rank].clone()
+        dist.all_gather_into_tensor(bucket.grad_data, shard, group=groups.dp)
