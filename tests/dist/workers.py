@@ -65,14 +65,14 @@ class FirstGradients:
 def distill(work: Work, *, stop: int = 0, states: Path | None = None, save: bool = False) -> list[Step]:
     """Distill from the newest state up to step ``stop`` (0: to the end)."""
     stop = stop or len(work.tokens_NGT)
-    with _layout(work.parallel) as groups:
-        trainable, objective = _distillation(work, groups)
+    with in_layout(work.parallel) as groups:
+        trainable, objective = distillation(work, groups)
         step = 0 if states is None else load_state(trainable, states)
         steps = []
         for tokens_GT in work.tokens_NGT[step:stop]:
             batches = microbatches(tokens_GT, groups)
             output = train_step(trainable, objective, batches, group_size=work.group_size)
-            steps.append(Step(_shared(output.terms, groups), output.grad_norm))
+            steps.append(Step(shared_loss(output.terms, groups), output.grad_norm))
         if save:
             assert states is not None
             _queue_in_process()
@@ -82,8 +82,8 @@ def distill(work: Work, *, stop: int = 0, states: Path | None = None, save: bool
 
 def first_gradients(work: Work, out: Path) -> FirstGradients:
     """Gradients of the first step, written under ``out`` as if they were weights."""
-    with _layout(work.parallel) as groups:
-        trainable, objective = _distillation(work, groups)
+    with in_layout(work.parallel) as groups:
+        trainable, objective = distillation(work, groups)
         teacher = objective.teacher.gpt
         before = [p.clone() for p in teacher.parameters()]
         trainable.zero_grad()
@@ -91,7 +91,7 @@ def first_gradients(work: Work, out: Path) -> FirstGradients:
         terms = accumulate_gradients(trainable, objective, batches, group_size=work.group_size)
         _gather_gradients(trainable, groups)
         trainable.optimizer.prepare_grads()
-        step = Step(_shared(terms, groups), float(trainable.optimizer.get_grad_norm()))
+        step = Step(shared_loss(terms, groups), float(trainable.optimizer.get_grad_norm()))
         with torch.no_grad():
             for parameter in trainable.gpt.parameters():
                 parameter.copy_(parameter.main_grad)  # type: ignore[attr-defined]
@@ -109,7 +109,7 @@ def logits(
     folder: Path, parallel: ParallelConfig, tokens_BS: Tensor, *, dtype: torch.dtype = torch.float32
 ) -> tuple[Tensor, int]:
     """Logits of a checkpoint folder computed in ``dtype``, and how many layers this rank holds."""
-    with _layout(parallel) as groups:
+    with in_layout(parallel) as groups:
         gpt = _load(folder, parallel, groups).eval().to(dtype)
         gpt.config.pipeline_dtype = dtype
         vocab_size = read_model_config(folder).vocab_size
@@ -119,7 +119,7 @@ def logits(
 
 def heldout(folder: Path, parallel: ParallelConfig, tokens_BT: Tensor, *, micro_batch_size: int) -> HeldoutLoss:
     """Held-out loss of a checkpoint folder; sequences of weight 0 fill up the last micro-batches."""
-    with _layout(parallel) as groups:
+    with in_layout(parallel) as groups:
         gpt = _load(folder, parallel, groups)
         objective = CrossEntropy(read_model_config(folder).vocab_size, groups, sequence_parallel=False)
         batches = microbatches(tokens_BT, groups, size=micro_batch_size)
@@ -154,7 +154,7 @@ def _queue_in_process() -> None:
 
 
 @contextmanager
-def _layout(parallel: ParallelConfig) -> Iterator[Groups]:
+def in_layout(parallel: ParallelConfig) -> Iterator[Groups]:
     with CPU_LAYER.in_force(), model_parallel(parallel, seed=1) as groups:
         yield groups
 
@@ -165,7 +165,7 @@ def _load(folder: Path, parallel: ParallelConfig, groups: Groups) -> Chunks:
     return gpt
 
 
-def _distillation(work: Work, groups: Groups) -> tuple[Trainable, ForwardKL]:
+def distillation(work: Work, groups: Groups) -> tuple[Trainable, ForwardKL]:
     teacher = OnlineTeacher(freeze(_load(work.teacher, work.parallel.for_teacher(4), groups)))
     num_steps, size, length = work.tokens_NGT.shape
     train = TrainConfig(
@@ -181,7 +181,7 @@ def _distillation(work: Work, groups: Groups) -> tuple[Trainable, ForwardKL]:
     return trainable, ForwardKL(teacher, vocab_size, groups, sequence_parallel=False)
 
 
-def _shared(terms: dict[str, Tensor], groups: Groups) -> float:
+def shared_loss(terms: dict[str, Tensor], groups: Groups) -> float:
     """The loss, averaged over data-parallel ranks and known on every rank."""
     loss = torch.zeros((), dtype=torch.float64)
     if groups.is_last_stage:

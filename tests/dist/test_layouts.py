@@ -1,0 +1,182 @@
+"""Every way to run the layers in parallel takes the steps of one rank; and each does what it is for."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from minitron.checkpoint.folder import WEIGHTS_DIR, read_model_config
+from minitron.checkpoint.store import CheckpointReader
+from minitron.config.parallel import ParallelConfig, RecomputeGranularity, RecomputeMethod, layers_per_stage
+from tests.dist import layout_workers, workers
+from tests.dist.reference import dense_kl, hf_tensors, make_model, random_tokens
+from tests.helpers.pool import WorkerPool
+
+TOKENS_NGT = random_tokens(2, 4, 17, seed=3)
+LAYERS = 6
+
+FULL = {"recompute_granularity": RecomputeGranularity.full}
+UNIFORM = {**FULL, "recompute_method": RecomputeMethod.uniform}
+BLOCK = {**FULL, "recompute_method": RecomputeMethod.block}
+SELECTIVE = {"recompute_granularity": RecomputeGranularity.selective}
+
+
+@dataclass(frozen=True)
+class Case:
+    """A layout, the most micro-batches whose signals are held, and the layers of each stage."""
+
+    parallel: ParallelConfig
+    group_size: int
+    stages: list[int]
+
+
+def case(
+    *,
+    tp: int = 1,
+    pp: int = 1,
+    vp: int | None = None,
+    dp: int = 1,
+    first: int | None = None,
+    last: int | None = None,
+    group: int = 0,
+    stages: list[int] | None = None,
+    overlap: bool = True,
+    **recompute: object,
+) -> Case:
+    parallel = ParallelConfig(
+        tensor_model_parallel_size=tp,
+        pipeline_model_parallel_size=pp,
+        virtual_pipeline_model_parallel_size=vp,
+        data_parallel_size=dp,
+        num_layers_in_first_pipeline_stage=first,
+        num_layers_in_last_pipeline_stage=last,
+        overlap_grad_reduce=overlap,
+        **recompute,  # type: ignore[arg-type]
+    )
+    return Case(parallel, group, stages or [LAYERS // pp] * pp)
+
+
+CASES = {
+    "recompute": [
+        case(**UNIFORM, recompute_num_layers=1),
+        case(**UNIFORM, recompute_num_layers=4, group=3),
+        case(**BLOCK, recompute_num_layers=2),
+        case(**SELECTIVE),
+    ],
+    "recompute on 2": [
+        case(pp=2, **UNIFORM, recompute_num_layers=1),
+        case(tp=2, **UNIFORM, recompute_num_layers=2),
+        case(tp=2, **SELECTIVE),
+        case(pp=2, vp=2, **BLOCK, recompute_num_layers=1, stages=[4, 2]),
+    ],
+    "interleaved": [
+        case(pp=2, vp=3),  # the teacher's 4 layers do not divide: it runs 1F1B
+        case(pp=2, vp=2, stages=[4, 2]),
+        case(pp=2, vp=2, stages=[4, 2], group=2),
+        case(pp=2, vp=2, first=2, stages=[2, 4]),
+        case(pp=2, vp=2, last=2, first=4, stages=[4, 2], group=4),
+    ],
+    "uneven": [
+        case(pp=2, first=5, stages=[5, 1]),
+        case(pp=2, last=4, stages=[2, 4], group=1),
+    ],
+    "uneven on 3": [
+        case(pp=3, first=1, last=1, stages=[1, 4, 1]),
+        case(pp=3, last=4, stages=[1, 1, 4], group=3),
+    ],
+    "overlap": [case(dp=2, group=group, overlap=overlap) for group in (0, 1, 2) for overlap in (True, False)],
+    "interleaved on 4": [
+        case(pp=2, vp=2, tp=2, stages=[4, 2]),
+        case(pp=2, vp=2, dp=2, stages=[4, 2], group=2),
+        case(pp=2, vp=3, dp=2, **UNIFORM, recompute_num_layers=1),
+    ],
+    "the rest on 4": [
+        case(pp=2, dp=2, first=2, stages=[2, 4], group=1, **SELECTIVE),
+        case(tp=2, dp=2, **UNIFORM, recompute_num_layers=3, group=1),
+        case(pp=2, vp=2, dp=2, first=2, stages=[2, 4], overlap=False, **SELECTIVE),
+    ],
+}
+
+
+@pytest.fixture(scope="module")
+def deep(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """6 layers on a hidden size of 48."""
+    shape = {"num_hidden_layers": LAYERS, "hidden_size": 48, "intermediate_size": 96}
+    return make_model(tmp_path_factory.mktemp("deep"), seed=4, **shape)
+
+
+def work(teacher: Path, deep: Path, of: Case) -> workers.Work:
+    return workers.Work(
+        teacher=teacher / "checkpoint",
+        student=deep / "checkpoint",
+        parallel=of.parallel,
+        tokens_NGT=TOKENS_NGT,
+        group_size=of.group_size,
+    )
+
+
+@pytest.fixture(scope="module")
+def one_rank(pool: WorkerPool, teacher: Path, deep: Path) -> list[workers.Step]:
+    steps = pool.run(workers.distill, 1, work(teacher, deep, case()))[0]
+    assert steps[0].loss != steps[1].loss
+    return steps
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_steps_are_those_of_one_rank(
+    pool: WorkerPool, teacher: Path, deep: Path, one_rank: list[workers.Step], name: str
+) -> None:
+    cases = CASES[name]
+    (ranks,) = {of.parallel.num_ranks for of in cases}
+    for of in cases:
+        assert layers_per_stage(LAYERS, of.parallel) == of.stages
+    for rank in pool.run(layout_workers.distill_each, ranks, [work(teacher, deep, of) for of in cases]):
+        for of, steps in zip(cases, rank, strict=True):
+            for have, want in zip(steps, one_rank, strict=True):
+                assert have.loss == pytest.approx(want.loss, rel=1e-5), of
+                assert have.grad_norm == pytest.approx(want.grad_norm, rel=1e-5), of
+
+
+@pytest.mark.parametrize("of", [case(pp=2, vp=2, dp=2, group=2), case(tp=2, pp=2, vp=3, **SELECTIVE)])
+def test_gradients_of_chunks_are_those_of_the_dense_formula(
+    pool: WorkerPool, teacher: Path, deep: Path, tmp_path: Path, of: Case
+) -> None:
+    loss, gradients = dense_kl(teacher / "hf", deep / "hf", TOKENS_NGT[0, :, :-1])
+    results = pool.run(workers.first_gradients, 4, work(teacher, deep, of), tmp_path)
+    assert [result.step.loss for result in results] == [pytest.approx(loss, rel=1e-6)] * 4
+    reader = CheckpointReader(tmp_path / WEIGHTS_DIR)
+    ours = hf_tensors({key: reader.read(key) for key in reader.tensors}, read_model_config(deep / "checkpoint"))
+    assert ours.keys() == gradients.keys()
+    for name, want in gradients.items():
+        error = float((ours[name].double() - want).norm() / want.norm())
+        assert error < 1e-4, f"{name}: relative error {error:.1e}"
+
+
+@pytest.mark.parametrize(
+    ("of", "layer", "attention"),
+    [
+        (case(), 4, 4),  # 4 micro-batches
+        (case(**UNIFORM, recompute_num_layers=2), 8, 8),
+        (case(**BLOCK, recompute_num_layers=1), 8, 8),
+        (case(**SELECTIVE), 4, 8),
+    ],
+)
+def test_what_is_computed_again(
+    pool: WorkerPool, teacher: Path, deep: Path, of: Case, layer: int, attention: int
+) -> None:
+    (counts,) = pool.run(layout_workers.observed, 1, work(teacher, deep, of))
+    assert (counts["layer"], counts["attention"]) == (layer, attention)
+
+
+@pytest.mark.parametrize("group", [0, 1])
+def test_reduction_starts_in_the_backward_pass(pool: WorkerPool, teacher: Path, deep: Path, group: int) -> None:
+    for counts in pool.run(layout_workers.observed, 2, work(teacher, deep, case(dp=2, group=group))):
+        assert counts["under_way"] == counts["blocks"] >= 1
+    off = case(dp=2, group=group, overlap=False)
+    assert [counts["under_way"] for counts in pool.run(layout_workers.observed, 2, work(teacher, deep, off))] == [0, 0]
+
+
+def test_reduction_of_every_chunk_overlaps(pool: WorkerPool, teacher: Path, deep: Path) -> None:
+    for counts in pool.run(layout_workers.observed, 4, work(teacher, deep, case(pp=2, vp=3, dp=2, group=2))):
+        assert counts["chunks"] == 3
+        assert counts["under_way"] == counts["blocks"] >= 3
