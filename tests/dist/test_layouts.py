@@ -1,6 +1,6 @@
 """Every way to run the layers in parallel takes the steps of one rank; and each does what it is for."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -180,3 +180,38 @@ def test_reduction_of_every_chunk_overlaps(pool: WorkerPool, teacher: Path, deep
     for counts in pool.run(layout_workers.observed, 4, work(teacher, deep, case(pp=2, vp=3, dp=2, group=2))):
         assert counts["chunks"] == 3
         assert counts["under_way"] == counts["blocks"] >= 3
+
+
+RESUMED_NGT = random_tokens(4, 4, 17, seed=5)
+
+
+@pytest.mark.parametrize(
+    "of",
+    [
+        case(pp=2, vp=2),  # stages of 4 and 2 layers
+        case(pp=2, vp=3, dp=2, group=2),
+        case(dp=2, **UNIFORM, recompute_num_layers=2),
+    ],
+)
+def test_resumes_with_the_bits_of_the_unbroken_run(
+    pool: WorkerPool, teacher: Path, deep: Path, tmp_path: Path, of: Case
+) -> None:
+    ranks, job = of.parallel.num_ranks, replace(work(teacher, deep, of), tokens_NGT=RESUMED_NGT)
+    unbroken = pool.run(workers.distill, ranks, job)[0]
+    assert len({step.loss for step in unbroken}) == 4
+    pool.run(workers.distill, ranks, job, stop=2, states=tmp_path, save=True)
+    for steps in pool.run(workers.distill, ranks, job, states=tmp_path):
+        assert steps == unbroken[2:]
+
+
+@pytest.mark.parametrize(("before", "after"), [(case(pp=2, vp=3), case(tp=2)), (case(), case(pp=2, vp=2, dp=2))])
+def test_another_layout_goes_on_with_the_state(
+    pool: WorkerPool, teacher: Path, deep: Path, tmp_path: Path, before: Case, after: Case
+) -> None:
+    saving, going_on = (replace(work(teacher, deep, of), tokens_NGT=RESUMED_NGT) for of in (before, after))
+    unbroken = pool.run(workers.distill, before.parallel.num_ranks, saving)[0]
+    pool.run(workers.distill, before.parallel.num_ranks, saving, stop=2, states=tmp_path, save=True)
+    for steps in pool.run(workers.distill, after.parallel.num_ranks, going_on, states=tmp_path):
+        for have, want in zip(steps, unbroken[2:], strict=True):
+            assert have.loss == pytest.approx(want.loss, rel=1e-5)
+            assert have.grad_norm == pytest.approx(want.grad_norm, rel=1e-5)
