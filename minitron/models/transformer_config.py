@@ -40,7 +40,7 @@ def transformer_config(
     on_cpu = device is Device.cpu
     dtype = TORCH_DTYPE[precision.dtype]
     stages = layers_per_stage(model.num_layers, parallel)
-    uneven = len(set(stages)) > 1
+    uneven, interleaved = len(set(stages)) > 1, parallel.num_chunks > 1
     return TransformerConfig(
         num_layers=model.num_layers,
         hidden_size=model.hidden_size,
@@ -63,7 +63,7 @@ def transformer_config(
         tensor_model_parallel_size=parallel.tensor_model_parallel_size,
         pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
         sequence_parallel=parallel.sequence_parallel,
-        virtual_pipeline_model_parallel_size=parallel.num_chunks if parallel.num_chunks > 1 else None,
+        virtual_pipeline_model_parallel_size=parallel.num_chunks if interleaved else None,
         num_layers_in_first_pipeline_stage=stages[0] if uneven else None,
         # Two stages are told by the first: with both, Megatron-Core 0.19 divides by its 0 stages between them.
         num_layers_in_last_pipeline_stage=stages[-1] if uneven and len(stages) > 2 else None,
@@ -78,8 +78,9 @@ def transformer_config(
         bias_dropout_fusion=not on_cpu,
         apply_rope_fusion=not on_cpu,
         # The schedules wait for pipeline sends one by one: gloo has no batched isend/irecv.
-        batch_p2p_comm=not on_cpu,
-        batch_p2p_sync=not on_cpu,
+        batch_p2p_comm=not on_cpu and not interleaved,
+        batch_p2p_sync=not on_cpu and not interleaved,
+        overlap_p2p_comm=interleaved,
         deallocate_pipeline_outputs=True,
     )
 

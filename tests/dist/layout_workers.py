@@ -3,10 +3,15 @@
 from collections import Counter
 from collections.abc import Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any
+from unittest import mock
 
-from tests.dist.workers import Step, Work, distillation, in_layout, microbatches, shared_loss
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 
+from tests.dist.workers import Step, Work, distill, distillation, in_layout, microbatches, shared_loss
+
+from minitron.train import optim
 from minitron.train.optim import Trainable
 from minitron.train.step import train_step
 
@@ -14,6 +19,20 @@ from minitron.train.step import train_step
 def distill_each(works: Sequence[Work]) -> list[list[Step]]:
     """The steps of each distillation."""
     return [_distill(work, None) for work in works]
+
+
+def distill_in_small_blocks(work: Work, states: Path, *, stop: int = 0) -> tuple[list[Step], int]:
+    """Distill where a block of gradients ends after 2000 numbers, save at ``stop``; and the number of blocks."""
+    made: list[DistributedDataParallel] = []
+
+    def wrap(**kwargs: Any) -> DistributedDataParallel:
+        made.append(DistributedDataParallel(**kwargs))
+        return made[-1]
+
+    small = partial(DistributedDataParallelConfig, bucket_size=2000)
+    with mock.patch.multiple(optim, DistributedDataParallelConfig=small, DistributedDataParallel=wrap):
+        steps = distill(work, states=states, stop=stop, save=stop > 0)
+    return steps, sum(len(ddp.bucket_groups) for ddp in made)
 
 
 def observed(work: Work) -> dict[str, int]:

@@ -183,6 +183,7 @@ def test_reduction_of_every_chunk_overlaps(pool: WorkerPool, teacher: Path, deep
 
 
 RESUMED_NGT = random_tokens(4, 4, 17, seed=5)
+SIX_NGT = random_tokens(2, 6, 17, seed=6)
 
 
 @pytest.mark.parametrize(
@@ -215,3 +216,28 @@ def test_another_layout_goes_on_with_the_state(
         for have, want in zip(steps, unbroken[2:], strict=True):
             assert have.loss == pytest.approx(want.loss, rel=1e-5)
             assert have.grad_norm == pytest.approx(want.grad_norm, rel=1e-5)
+
+
+def test_gradients_in_many_blocks(pool: WorkerPool, teacher: Path, deep: Path, tmp_path: Path) -> None:
+    """Models of more than 40M parameters have several; a saved state must put each one's moments where they belong."""
+    of_one, of_two = (
+        replace(work(teacher, deep, of), tokens_NGT=RESUMED_NGT) for of in (case(), case(dp=2, group=1))
+    )
+    unbroken = pool.run(workers.distill, 1, of_one)[0]
+    for steps, blocks in pool.run(layout_workers.distill_in_small_blocks, 2, of_two, tmp_path, stop=2):
+        assert blocks > 10
+        assert [step.grad_norm for step in steps] == pytest.approx([step.grad_norm for step in unbroken[:2]], rel=1e-5)
+    # The moments of steps 1 and 2 show in step 4.
+    again = [steps for steps, _ in pool.run(layout_workers.distill_in_small_blocks, 2, of_two, tmp_path)]
+    for steps in [*again, *pool.run(workers.distill, 1, of_one, states=tmp_path)]:
+        assert [step.loss for step in steps] == pytest.approx([step.loss for step in unbroken[2:]], rel=1e-5)
+        assert [step.grad_norm for step in steps] == pytest.approx([step.grad_norm for step in unbroken[2:]], rel=1e-5)
+
+
+def test_interleaved_on_three_stages(pool: WorkerPool, teacher: Path, deep: Path) -> None:
+    """More than two stages: neighbours differ, and 1F1B of the 4-layer teacher has 2, 1 and 1 layers."""
+    one, three = (replace(work(teacher, deep, of), tokens_NGT=SIX_NGT) for of in (case(), case(pp=3, vp=2, group=3)))
+    want = pool.run(workers.distill, 1, one)[0]
+    for steps in pool.run(workers.distill, 3, three):
+        assert [step.loss for step in steps] == pytest.approx([step.loss for step in want], rel=1e-5)
+        assert [step.grad_norm for step in steps] == pytest.approx([step.grad_norm for step in want], rel=1e-5)
