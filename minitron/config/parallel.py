@@ -201,7 +201,8 @@ def layers_per_stage(num_layers: int, parallel: ParallelConfig) -> list[int]:
     if rest < others * chunks or (not others and rest) or (others and rest % (others * chunks)):
         raise LayoutError(
             f"{text} leave {num_layers} - {' - '.join(map(str, given.values()))} = {rest} layers for the other "
-            f"{others} of {num_stages} stages x {chunks} chunks, which must be equal and not empty"
+            f"{others} of {num_stages} stages{f' in {chunks} chunks each' if chunks > 1 else ''}, which must be equal "
+            "and not empty"
         )
     middle = [rest // others] * others if others else []
     return [*([first] if first else []), *middle, *([last] if last else [])]

@@ -112,8 +112,8 @@ def check_train(train: TrainConfig, parallel: ParallelConfig, *, seq_length: int
         raise LayoutError(
             f"{who}: global_batch_size={train.global_batch_size} / (micro_batch_size={train.micro_batch_size} x "
             f"data_parallel_size={parallel.data_parallel_size}) = {num_microbatches} micro-batches are not a multiple "
-            f"of parallel.pipeline_model_parallel_size={stages}, which interleaving "
-            f"(virtual_pipeline_model_parallel_size={parallel.num_chunks}) needs; change the batch, or set it to null"
+            f"of parallel.pipeline_model_parallel_size={stages}, which virtual_pipeline_model_parallel_size="
+            f"{parallel.num_chunks} needs; change the batch, or set it to null"
         )
     warmup, steps = train.warmup_steps(seq_length), train.num_steps(seq_length)
     if warmup >= steps:
