@@ -183,8 +183,8 @@ def layers_per_stage(num_layers: int, parallel: ParallelConfig) -> list[int]:
     if num_layers % chunks or num_layers < chunks * num_stages:
         raise LayoutError(
             f"num_layers={num_layers} cannot be dealt over {num_stages} stages x parallel."
-            f"virtual_pipeline_model_parallel_size={chunks} chunks: each of a stage's chunks must have as many layers, "
-            f"at least 1; use a divisor of {num_layers} up to {num_layers // num_stages} for the chunks, or null"
+            f"virtual_pipeline_model_parallel_size={chunks} chunks: a stage's chunks have equally many layers, "
+            f"at least 1; chunks that fit: {_divisors(num_layers, num_layers // num_stages)}"
         )
     first, last = parallel.num_layers_in_first_pipeline_stage, parallel.num_layers_in_last_pipeline_stage
     given = {name: size for name, size in ((_FIRST, first), (_LAST, last)) if size is not None}
@@ -232,5 +232,5 @@ def stage_layers(num_layers: int, num_stages: int) -> list[int]:
     return best
 
 
-def _divisors(size: int) -> str:
-    return ", ".join(str(d) for d in range(1, min(size, 16) + 1) if size % d == 0)
+def _divisors(size: int, largest: int = 16) -> str:
+    return ", ".join(str(d) for d in range(1, min(size, largest) + 1) if size % d == 0)

@@ -165,16 +165,16 @@ def test_layers_per_stage_by_hand(layers: int, layout: ParallelConfig, expected:
             stages(2, vp=4),
             (
                 "student: num_layers=6 cannot be dealt over 2 stages x "
-                "parallel.virtual_pipeline_model_parallel_size=4 chunks: each of a stage's chunks must have as many "
-                "layers, at least 1; use a divisor of 6 up to 3 for the chunks, or null"
+                "parallel.virtual_pipeline_model_parallel_size=4 chunks: a stage's chunks have equally many "
+                "layers, at least 1; chunks that fit: 1, 2, 3"
             ),
         ),
         (
             stages(3, vp=3),
             (
                 "student: num_layers=6 cannot be dealt over 3 stages x "
-                "parallel.virtual_pipeline_model_parallel_size=3 chunks: each of a stage's chunks must have as many "
-                "layers, at least 1; use a divisor of 6 up to 2 for the chunks, or null"
+                "parallel.virtual_pipeline_model_parallel_size=3 chunks: a stage's chunks have equally many "
+                "layers, at least 1; chunks that fit: 1, 2"
             ),
         ),
         (
