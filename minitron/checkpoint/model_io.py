@@ -1,6 +1,7 @@
 """Load and save a model's shards through Megatron-Core's sharded checkpoints, at any layout."""
 
 import textwrap
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,26 +18,39 @@ from minitron.checkpoint.store import CheckpointReader
 from minitron.errors import CheckpointError
 
 
-def load_model(gpt: GPTModel, folder: Path) -> None:
+def load_model(gpt: Iterable[GPTModel], folder: Path) -> None:
     """Fill this rank's part of a model from a checkpoint folder, resharding as needed.
 
     Args:
-        gpt: The model, built for any layout.
+        gpt: This rank's chunks of the model (`minitron.models.gpt.Chunks`), built for any layout.
         folder: A checkpoint folder (`minitron.checkpoint.folder`).
 
     Raises:
         CheckpointError: A parameter is missing from the checkpoint, or has another shape.
     """
-    state = load_sharded(_weights_only(gpt.sharded_state_dict()), weights_dir(folder))
-    missing, unexpected = gpt.load_state_dict(state, strict=False)
-    missing = [name for name in missing if not name.endswith("_extra_state")]
-    if missing or unexpected:
-        raise CheckpointError(f"{folder} does not fit the model: missing {missing[:3]}, unexpected {unexpected[:3]}")
+    state = load_sharded(_weights(gpt), weights_dir(folder))
+    for name, chunk in by_place(gpt):
+        missing, unexpected = chunk.load_state_dict(state[name], strict=False)
+        missing = [key for key in missing if not key.endswith("_extra_state")]
+        if missing or unexpected:
+            raise CheckpointError(
+                f"{folder} does not fit the model: missing {missing[:3]}, unexpected {unexpected[:3]}"
+            )
 
 
-def save_model(gpt: GPTModel, folder: Path) -> None:
+def save_model(gpt: Iterable[GPTModel], folder: Path) -> None:
     """Write the model's weights, and nothing else, into a checkpoint folder. Called by every rank."""
-    save_sharded(_weights_only(gpt.sharded_state_dict()), folder / WEIGHTS_DIR)
+    save_sharded(_weights(gpt), folder / WEIGHTS_DIR)
+
+
+def by_place(gpt: Iterable[GPTModel]) -> Iterator[tuple[str, GPTModel]]:
+    """The chunks with the names that keep them apart in a state dict."""
+    return ((f"model{index}", chunk) for index, chunk in enumerate(gpt))
+
+
+def sharded_weights(gpt: Iterable[GPTModel]) -> ShardedStateDict:
+    """The chunks' sharded state dicts by their place; in the checkpoint the keys are those of the whole model."""
+    return {name: chunk.sharded_state_dict() for name, chunk in by_place(gpt)}
 
 
 def load_sharded(state: ShardedStateDict, path: Path) -> dict[str, Any]:
@@ -69,6 +83,9 @@ def _one_line(error: BaseException) -> str:
     return textwrap.shorten(str(error) or type(error).__name__, 300, placeholder=" ...")
 
 
-def _weights_only(state: ShardedStateDict) -> ShardedStateDict:
+def _weights(gpt: Iterable[GPTModel]) -> ShardedStateDict:
     """Leave out FP8 histories: they mean nothing after slicing, and the CPU has none."""
-    return {key: value for key, value in state.items() if not key.endswith("_extra_state")}
+    return {
+        name: {key: value for key, value in state.items() if not key.endswith("_extra_state")}
+        for name, state in sharded_weights(gpt).items()
+    }

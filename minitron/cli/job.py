@@ -120,7 +120,7 @@ def check_models(config: RunConfig) -> None:
         LayoutError: The layout cannot split one of the two.
     """
     source = source_model(config)
-    check_layout(source, config.parallel, who="teacher")
+    check_layout(source, config.parallel.plain(), who="teacher")
     students: dict[str, ModelConfig] = {}
     for line in lines_of(config):
         before = students[line.source.step] if line.source else source

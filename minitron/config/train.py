@@ -90,12 +90,20 @@ def check_train(train: TrainConfig, parallel: ParallelConfig, *, seq_length: int
     """
     _check_ranges(train, who)
     try:
-        num_microbatches(train.global_batch_size, train.micro_batch_size, parallel.data_parallel_size)
+        microbatches = num_microbatches(train.global_batch_size, train.micro_batch_size, parallel.data_parallel_size)
     except LayoutError as error:
         raise LayoutError(f"{who}: {error}") from error
     if train.eval_tokens < seq_length:
         raise ConfigError(
             f"{who}.eval_tokens={train.eval_tokens} is less than one sequence of data.seq_length={seq_length} tokens"
+        )
+    stages = parallel.pipeline_model_parallel_size
+    if parallel.num_chunks > 1 and microbatches % stages:
+        raise LayoutError(
+            f"{who}: global_batch_size={train.global_batch_size} / (micro_batch_size={train.micro_batch_size} x "
+            f"data_parallel_size={parallel.data_parallel_size}) = {microbatches} micro-batches are not a multiple "
+            f"of parallel.pipeline_model_parallel_size={stages}, which virtual_pipeline_model_parallel_size="
+            f"{parallel.num_chunks} needs; change the batch, or set it to null"
         )
     warmup, steps = train.warmup_steps(seq_length), train.num_steps(seq_length)
     if warmup >= steps:

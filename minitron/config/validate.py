@@ -23,6 +23,13 @@ def validate(run: RunConfig) -> None:
     for number, step in enumerate(run.chain):
         train = in_step(run, step).distill.train
         check_train(train, run.parallel, seq_length=seq_length, who=f"chain.{number} ({step.name})")
+    group, stages = run.distill.teacher_microbatches, run.parallel.pipeline_model_parallel_size
+    if run.parallel.num_chunks > 1 and group % stages:
+        raise ConfigError(
+            f"distill.teacher_microbatches={group} is not a multiple of parallel.pipeline_model_parallel_size="
+            f"{stages}, which virtual_pipeline_model_parallel_size={run.parallel.num_chunks} needs: each group of "
+            f"micro-batches is an interleaved schedule of its own; use 0 or a multiple of {stages}"
+        )
     if run.eval.num_tokens < seq_length:
         raise ConfigError(
             f"eval.num_tokens={run.eval.num_tokens} is less than one sequence of data.seq_length={seq_length} tokens"

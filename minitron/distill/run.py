@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from minitron.checkpoint.folder import copy_side_files
+from minitron.checkpoint.folder import copy_side_files, read_model_config
 from minitron.config.precision import PrecisionConfig
 from minitron.config.train import TrainConfig
 from minitron.distill.objective import Distillation
@@ -32,7 +32,8 @@ def distill(
     """
     recipe = session.config.distill
     precision = PrecisionConfig(dtype=recipe.teacher.dtype or session.config.precision.dtype)
-    teacher_gpt, teacher_model = load_gpt(teacher, session, precision=precision)
+    layout = session.config.parallel.for_teacher(read_model_config(teacher).num_layers)
+    teacher_gpt, teacher_model = load_gpt(teacher, session, parallel=layout, precision=precision)
     student_gpt, student_model = start.load(session)
     if teacher_model.vocab_size != student_model.vocab_size:
         raise ConfigError(

@@ -4,11 +4,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from megatron.core.models.gpt.gpt_model import GPTModel
 from torch import Tensor
 
 from minitron.data.batch import Batch
-from minitron.models.gpt import FinalState
+from minitron.models.gpt import Chunks, FinalState
 from minitron.train.heldout import forward_only
 
 
@@ -41,7 +40,7 @@ class OnlineTeacher:
         gpt: The teacher; frozen and in evaluation mode (see `freeze`).
     """
 
-    gpt: GPTModel
+    gpt: Chunks
 
     def signals(self, microbatches: Sequence[Batch]) -> list[Signal]:
         """Run a forward-only schedule; the final states stay on the last pipeline stage."""
@@ -49,7 +48,7 @@ class OnlineTeacher:
         return [Signal(final) for final in finals] if finals else [Signal()] * len(microbatches)
 
 
-def freeze(gpt: GPTModel) -> GPTModel:
+def freeze(gpt: Chunks) -> Chunks:
     """Make a model a teacher: no gradient reaches its parameters."""
     gpt.eval()
     for parameter in gpt.parameters():

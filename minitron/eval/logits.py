@@ -3,19 +3,18 @@
 from pathlib import Path
 
 import torch
-from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
 from torch import Tensor
 
 from minitron.data.batch import Batch
 from minitron.data.loader import heldout_batches
-from minitron.models.gpt import FinalState
+from minitron.models.gpt import Chunks, FinalState
 from minitron.parallel.groups import Groups
 from minitron.train.heldout import forward_only
 
 
 def model_logits(
-    gpt: GPTModel,
+    gpt: Chunks,
     tokens_BS: Tensor,
     groups: Groups,
     *,
@@ -64,7 +63,7 @@ def model_logits(
 
 
 def greedy_tokens(
-    gpt: GPTModel, prompt: list[int], groups: Groups, *, num_tokens: int, vocab_size: int, stop: int | None
+    gpt: Chunks, prompt: list[int], groups: Groups, *, num_tokens: int, vocab_size: int, stop: int | None
 ) -> list[int]:
     """Continue a prompt with the likeliest token each time; no cache, so for short samples only.
 

@@ -1,6 +1,7 @@
 """Build this rank's part of a model on Megatron-Core, and run it up to its final hidden state."""
 
 import logging
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +12,7 @@ from megatron.core.models.gpt.gpt_layer_specs import (
 )
 from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from minitron.config.model import ModelConfig
@@ -37,6 +39,22 @@ class FinalState:
     weight_vH: Tensor
 
 
+class Chunks(torch.nn.ModuleList):
+    """This pipeline stage's part of a model: one `GPTModel`, or under interleaving one per virtual stage, in order."""
+
+    def __init__(self, chunks: Iterable[GPTModel]) -> None:
+        super().__init__(chunks)
+
+    def __iter__(self) -> Iterator[GPTModel]:
+        return super().__iter__()
+
+    @property
+    def config(self) -> TransformerConfig:
+        """Megatron's description of the model, shared by the chunks."""
+        config: TransformerConfig = self[0].config
+        return config
+
+
 def build_gpt(
     model: ModelConfig,
     parallel: ParallelConfig,
@@ -46,7 +64,7 @@ def build_gpt(
     device: Device,
     initialize: bool = False,
     local_spec: bool = False,
-) -> GPTModel:
+) -> Chunks:
     """Build this pipeline stage of a model.
 
     Args:
@@ -60,22 +78,35 @@ def build_gpt(
             the norms into the linears, where no hook can see their output.
     """
     config = transformer_config(model, parallel, precision, device=device, initialize=initialize)
+    spec = _layer_spec(device, local_spec=local_spec)
+    chunks = Chunks(_build_chunk(index, model, parallel, config, spec, groups) for index in range(parallel.num_chunks))
+    return chunks if device is Device.cpu else chunks.cuda()
+
+
+def _build_chunk(
+    index: int,
+    model: ModelConfig,
+    parallel: ParallelConfig,
+    config: TransformerConfig,
+    spec: ModuleSpec,
+    groups: Groups,
+) -> GPTModel:
     scaling = model.rope_scaling
-    gpt = GPTModel(
+    return GPTModel(
         config,
-        _layer_spec(device, local_spec=local_spec),
+        spec,
         vocab_size=padded_vocab_size(model.vocab_size, parallel.tensor_model_parallel_size),
         max_sequence_length=model.max_position_embeddings,
-        pre_process=groups.is_first_stage,
-        post_process=groups.is_last_stage,
+        pre_process=groups.is_first_stage and index == 0,
+        post_process=groups.is_last_stage and index == parallel.num_chunks - 1,
         share_embeddings_and_output_weights=model.share_embeddings_and_output_weights,
         position_embedding_type="rope",
         rotary_base=model.rotary_base,  # Megatron says int, and computes in float
         rope_scaling=scaling is not None,
         rope_scaling_factor=scaling.factor if scaling else 1.0,
         pg_collection=groups.collection,
+        vp_stage=index if parallel.num_chunks > 1 else None,
     )
-    return gpt if device is Device.cpu else gpt.cuda()
 
 
 def _layer_spec(device: Device, *, local_spec: bool) -> ModuleSpec:
@@ -88,7 +119,7 @@ def forward_to_final_state(gpt: torch.nn.Module, batch: Batch) -> Tensor | Final
     """Run this stage of a model on a micro-batch.
 
     Args:
-        gpt: A `GPTModel`, or Megatron's wrapper around one.
+        gpt: One chunk: a `GPTModel`, or Megatron's wrapper around one.
         batch: Tokens [B, S]; used by the first stage (and for the positions by all).
 
     Returns:

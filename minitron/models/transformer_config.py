@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from minitron.config.model import ModelConfig
-from minitron.config.parallel import ParallelConfig, stage_layers
+from minitron.config.parallel import ParallelConfig, layers_per_stage
 from minitron.config.precision import Dtype, PrecisionConfig
 from minitron.config.run import Device
 from minitron.errors import ModelError
@@ -40,7 +40,8 @@ def transformer_config(
     check_rope(model)
     on_cpu = device is Device.cpu
     dtype = TORCH_DTYPE[precision.dtype]
-    stages = stage_layers(model.num_layers, parallel.pipeline_model_parallel_size)
+    stages = layers_per_stage(model.num_layers, parallel)
+    uneven, interleaved = len(set(stages)) > 1, parallel.num_chunks > 1
     return TransformerConfig(
         num_layers=model.num_layers,
         hidden_size=model.hidden_size,
@@ -63,8 +64,13 @@ def transformer_config(
         tensor_model_parallel_size=parallel.tensor_model_parallel_size,
         pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
         sequence_parallel=parallel.sequence_parallel,
-        num_layers_in_first_pipeline_stage=_if_uneven(stages, 0),
-        num_layers_in_last_pipeline_stage=_if_uneven(stages, -1),
+        virtual_pipeline_model_parallel_size=parallel.num_chunks if interleaved else None,
+        num_layers_in_first_pipeline_stage=stages[0] if uneven else None,
+        # Two stages are told by the first: with both, Megatron-Core 0.19 divides by its 0 stages between them.
+        num_layers_in_last_pipeline_stage=stages[-1] if uneven and len(stages) > 2 else None,
+        recompute_granularity=parallel.recompute_granularity and parallel.recompute_granularity.value,
+        recompute_method=parallel.recompute_method and parallel.recompute_method.value,
+        recompute_num_layers=parallel.recompute_num_layers,
         perform_initialization=initialize,
         use_cpu_initialization=on_cpu,
         gradient_accumulation_fusion=not on_cpu,
@@ -73,8 +79,9 @@ def transformer_config(
         bias_dropout_fusion=not on_cpu,
         apply_rope_fusion=not on_cpu,
         # The schedules wait for pipeline sends one by one: gloo has no batched isend/irecv.
-        batch_p2p_comm=not on_cpu,
-        batch_p2p_sync=not on_cpu,
+        batch_p2p_comm=not on_cpu and not interleaved,
+        batch_p2p_sync=not on_cpu and not interleaved,
+        overlap_p2p_comm=interleaved,
         deallocate_pipeline_outputs=True,
     )
 
@@ -99,7 +106,3 @@ def check_rope(model: ModelConfig) -> None:
 def padded_vocab_size(vocab_size: int, tensor_model_parallel_size: int) -> int:
     """Vocabulary rounded up so that every tensor-parallel rank holds as many rows."""
     return -(-vocab_size // tensor_model_parallel_size) * tensor_model_parallel_size
-
-
-def _if_uneven(stages: list[int], which: int) -> int | None:
-    return None if len(set(stages)) == 1 else stages[which]

@@ -4,12 +4,11 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import overload
 
 import torch
-from torch import nn
 
 from minitron.config.model import ModelConfig
 from minitron.config.score import ScoreConfig
 from minitron.data.batch import Batch
-from minitron.models.gpt import FinalState
+from minitron.models.gpt import Chunks, FinalState
 from minitron.parallel.groups import Groups
 from minitron.prune.importance import ImportanceCollector
 from minitron.prune.scores import Scores
@@ -17,7 +16,7 @@ from minitron.train.heldout import forward_only
 
 
 def score_model(
-    gpt: nn.Module,
+    gpt: Chunks,
     microbatches: Sequence[Batch],
     *,
     model: ModelConfig,
@@ -29,8 +28,8 @@ def score_model(
     """Score a model on calibration text, at any TP x PP x DP; every rank gets the scores.
 
     Args:
-        gpt: This stage's `GPTModel`, built with Megatron's local layer spec; put in evaluation mode
-            and back.
+        gpt: This stage's part of the model in one chunk, built with Megatron's local layer spec; put in
+            evaluation mode and back.
         microbatches: This data-parallel rank's calibration micro-batches, as many on every rank; rows
             whose loss mask is 0 only fill up and do not count.
         model: Architecture of the model.
@@ -44,8 +43,9 @@ def score_model(
         DataError: There is no sample, or the sequences differ in length.
         NumericsError: A score is not finite.
     """
+    (chunk,) = gpt
     collector = ImportanceCollector(
-        gpt.get_submodule("decoder.layers").children(),
+        chunk.get_submodule("decoder.layers").children(),
         model,
         seq_length=microbatches[0].tokens_BS.shape[1],
         aggregations=config.aggregations,
@@ -96,7 +96,7 @@ class _Watched(Sequence[Batch]):
             yield on_device
 
 
-def _device_of(gpt: nn.Module) -> torch.device:
+def _device_of(gpt: Chunks) -> torch.device:
     return next(gpt.parameters()).device
 
 

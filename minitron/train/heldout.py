@@ -11,7 +11,7 @@ from megatron.core.pipeline_parallel.schedules import get_forward_backward_func
 from torch import Tensor
 
 from minitron.data.batch import Batch
-from minitron.models.gpt import FinalState, forward_to_final_state
+from minitron.models.gpt import Chunks, FinalState, forward_to_final_state
 from minitron.parallel.groups import Groups
 from minitron.train.objective import CrossEntropy
 
@@ -45,34 +45,38 @@ Collect = Callable[[FinalState, Batch], object]
 
 
 def forward_only(
-    model: torch.nn.Module,
+    gpt: Chunks,
     microbatches: Sequence[Batch],
     collect: Collect,
 ) -> list[Any]:
     """Run a forward-only pipeline schedule and keep what ``collect`` returns on the last stage.
 
     Args:
-        model: A `GPTModel` or Megatron's wrapper around one.
-        microbatches: This data-parallel rank's micro-batches, all of one shape.
+        gpt: The model.
+        microbatches: This data-parallel rank's micro-batches, all of one shape. An interleaved schedule takes a
+            multiple of the pipeline's stages: the last one is repeated up to there, and the results are dropped.
         collect: Called on the last stage with the final state of each micro-batch.
 
     Returns:
         One object per micro-batch on the last stage, an empty list elsewhere.
     """
-    batch = microbatches[0]
-    schedule = get_forward_backward_func()
+    batch, stages = microbatches[0], gpt.config.pipeline_model_parallel_size
+    work: Sequence[Batch] = microbatches
+    if len(gpt) > 1:
+        work = [*microbatches, *[microbatches[-1]] * (-len(microbatches) % stages)]
+    schedule = get_forward_backward_func(pp_size=stages, vp_size=gpt.config.virtual_pipeline_model_parallel_size)
     with torch.no_grad():
         results: list[Any] = schedule(
             forward_step_func=partial(_forward_step, collect),
-            data_iterator=iter(microbatches),
-            model=[model],
-            num_microbatches=len(microbatches),
+            data_iterator=[iter(work) for _ in gpt],
+            model=list(gpt),
+            num_microbatches=len(work),
             seq_length=batch.tokens_BS.shape[1],
             micro_batch_size=batch.tokens_BS.shape[0],
             forward_only=True,
             collect_non_loss_data=True,
         )
-    return results
+    return results[: len(microbatches)]
 
 
 def _forward_step(collect: Collect, iterator: Iterator[Batch], model: torch.nn.Module) -> tuple[Any, Any]:
@@ -85,7 +89,7 @@ def _forward_step(collect: Collect, iterator: Iterator[Batch], model: torch.nn.M
 
 
 def heldout_loss(
-    model: torch.nn.Module,
+    gpt: Chunks,
     microbatches: Sequence[Batch],
     objective: CrossEntropy,
     groups: Groups,
@@ -93,15 +97,15 @@ def heldout_loss(
     """Mean cross-entropy over all micro-batches of all data-parallel ranks, known on every rank.
 
     Args:
-        model: The model; put in evaluation mode and back.
+        gpt: The model; put in evaluation mode and back.
         microbatches: This data-parallel rank's part of the held-out text.
         objective: Knows the vocabulary and the groups.
         groups: This rank's process groups.
     """
-    was_training = model.training
-    model.eval()
-    losses = forward_only(model, microbatches, partial(_weighted_loss, objective))
-    model.train(was_training)
+    was_training = gpt.training
+    gpt.eval()
+    losses = forward_only(gpt, microbatches, partial(_weighted_loss, objective))
+    gpt.train(was_training)
     total: Tensor = torch.zeros(2, dtype=torch.float64)
     if losses:
         total = torch.stack(losses).sum(0).cpu()

@@ -1,16 +1,19 @@
 """Megatron's DDP, distributed optimizer and cosine schedule around one model."""
 
+import contextlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from megatron.core.distributed.finalize_model_grads import finalize_model_grads
-from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.transformer.transformer_config import TransformerConfig
 
+from minitron.config.parallel import ParallelConfig
 from minitron.config.train import TrainConfig
+from minitron.models.gpt import Chunks
 from minitron.parallel.groups import Groups
 
 
@@ -19,46 +22,68 @@ class Trainable:
     """A model ready to be trained.
 
     Attributes:
-        ddp: The model inside Megatron's data-parallel wrapper.
+        gpt: The model.
+        ddp: Each of its chunks inside Megatron's data-parallel wrapper.
         optimizer: Megatron's distributed optimizer: each data-parallel rank holds a part of its state.
         scheduler: Learning rate and weight decay, stepped once per optimizer step.
         config: The model's Megatron configuration.
     """
 
-    ddp: DistributedDataParallel
+    gpt: Chunks
+    ddp: list[DistributedDataParallel]
     optimizer: MegatronOptimizer
     scheduler: OptimizerParamScheduler
     config: TransformerConfig
-
-    @property
-    def gpt(self) -> GPTModel:
-        """The model without its wrapper."""
-        gpt: GPTModel = self.ddp.module
-        return gpt
 
     @property
     def lr(self) -> float:
         """Learning rate of the next step."""
         return float(self.optimizer.param_groups[0]["lr"])
 
+    def zero_grad(self) -> None:
+        """Forget the gradients of the last step."""
+        for ddp in self.ddp:
+            ddp.zero_grad_buffer()
+        self.optimizer.zero_grad()
 
-def make_trainable(gpt: GPTModel, train: TrainConfig, groups: Groups, *, seq_length: int) -> Trainable:
+    @contextlib.contextmanager
+    def no_sync(self) -> Iterator[None]:
+        """Backward passes in this block only add up gradients; overlapped reduction does not start."""
+        with contextlib.ExitStack() as stack:
+            for ddp in self.ddp:
+                stack.enter_context(ddp.no_sync())
+            yield
+
+
+def make_trainable(
+    gpt: Chunks, train: TrainConfig, parallel: ParallelConfig, groups: Groups, *, seq_length: int
+) -> Trainable:
     """Wrap a model for training.
 
     Args:
         gpt: This rank's part of the model, its weights already in place.
         train: Schedule and optimizer settings.
+        parallel: The layout; says whether gradients are reduced during the backward pass.
         groups: This rank's process groups.
         seq_length: Tokens of a sequence, to turn token counts into steps.
     """
     config = gpt.config
-    ddp = DistributedDataParallel(
-        config=config,
-        ddp_config=DistributedDataParallelConfig(use_distributed_optimizer=True, grad_reduce_in_fp32=True),
-        module=gpt,
-        pg_collection=groups.collection,
-    )
-    _count_padding_between_buckets(ddp)
+    ddp = [
+        DistributedDataParallel(
+            config=config,
+            ddp_config=DistributedDataParallelConfig(
+                use_distributed_optimizer=True,
+                grad_reduce_in_fp32=True,
+                overlap_grad_reduce=parallel.overlap_grad_reduce and groups.dp.size() > 1,
+            ),
+            module=chunk,
+            disable_bucketing=index > 0,  # the other chunks' backward passes hide the reduction of these
+            pg_collection=groups.collection,
+        )
+        for index, chunk in enumerate(gpt)
+    ]
+    for wrapper in ddp:
+        _count_padding_between_buckets(wrapper)
     optimizer = get_megatron_optimizer(
         OptimizerConfig(
             optimizer="adam",
@@ -73,12 +98,12 @@ def make_trainable(gpt: GPTModel, train: TrainConfig, groups: Groups, *, seq_len
             params_dtype=config.params_dtype,
             use_distributed_optimizer=True,
         ),
-        [ddp],
+        ddp,
         use_gloo_process_groups=False,
         pg_collection=groups.collection,
     )
     config.finalize_model_grads_func = partial(finalize_model_grads, pg_collection=groups.collection)
-    return Trainable(ddp, optimizer, _scheduler(optimizer, train, seq_length), config)
+    return Trainable(gpt, ddp, optimizer, _scheduler(optimizer, train, seq_length), config)
 
 
 def _count_padding_between_buckets(ddp: DistributedDataParallel) -> None:

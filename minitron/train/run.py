@@ -6,7 +6,6 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from megatron.core.models.gpt.gpt_model import GPTModel
 
 from minitron.checkpoint.folder import copy_side_files, read_model_config, write_model_config
 from minitron.checkpoint.model_io import save_model
@@ -14,7 +13,7 @@ from minitron.config.compose import flat_values
 from minitron.config.model import ModelConfig
 from minitron.config.train import TrainConfig
 from minitron.data.loader import TrainBatches, heldout_batches
-from minitron.models.gpt import build_gpt
+from minitron.models.gpt import Chunks, build_gpt
 from minitron.models.load import load_gpt
 from minitron.runtime.session import Session
 from minitron.runtime.tracking import MetricsWriter
@@ -30,7 +29,7 @@ def train_to_folder(
     session: Session,
     *,
     stage: str,
-    gpt: GPTModel,
+    gpt: Chunks,
     model: ModelConfig,
     objective: Objective,
     settings: TrainConfig,
@@ -55,7 +54,7 @@ def train_to_folder(
         Step count, tokens and final held-out loss.
     """
     config, groups, seq_length = session.config, session.groups, session.config.data.seq_length
-    trainable = make_trainable(gpt, settings, groups, seq_length=seq_length)
+    trainable = make_trainable(gpt, settings, config.parallel, groups, seq_length=seq_length)
     batches = TrainBatches(
         data,
         seq_length=seq_length,
@@ -82,7 +81,7 @@ def train_to_folder(
                 objective=objective,
                 batches=batches,
                 validate=lambda: heldout_loss(
-                    trainable.ddp, [batch.to(session.torch_device) for batch in heldout], cross_entropy, groups
+                    gpt, [batch.to(session.torch_device) for batch in heldout], cross_entropy, groups
                 ),
                 train=settings,
                 seq_length=seq_length,
@@ -94,7 +93,7 @@ def train_to_folder(
                 device=session.torch_device,
             )
         )
-    save_model(trainable.gpt, out)
+    save_model(gpt, out)
     if session.is_main:
         write_model_config(out, model)
         shutil.rmtree(out / STATES_DIR, ignore_errors=True)
@@ -113,10 +112,10 @@ class StartingPoint:
     folder: Path
     random_weights: bool = False
 
-    def load(self, session: Session) -> tuple[GPTModel, ModelConfig]:
+    def load(self, session: Session) -> tuple[Chunks, ModelConfig]:
         """This rank's part of the model, and its architecture."""
         if not self.random_weights:
-            return load_gpt(self.folder, session)
+            return load_gpt(self.folder, session, parallel=session.config.parallel)
         config, groups = session.config, session.groups
         model = read_model_config(self.folder)
         # Stages draw different weights; tensor-parallel ranks draw the same full matrix and keep their slice.

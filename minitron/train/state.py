@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from minitron.checkpoint.model_io import load_sharded, save_sharded
+from minitron.checkpoint.model_io import by_place, load_sharded, save_sharded, sharded_weights
 from minitron.errors import CheckpointError
 from minitron.train.optim import Trainable
 
@@ -57,7 +57,8 @@ def load_state(trainable: Trainable, folder: Path) -> int:
     path = folder / _name(steps[-1])
     with _loadable_adam(trainable):
         state = load_sharded(_state_dict(trainable, is_loading=True), path)
-        trainable.gpt.load_state_dict(state["model"])
+        for name, chunk in by_place(trainable.gpt):
+            chunk.load_state_dict(state["model"][name])
         trainable.optimizer.load_state_dict(state["optimizer"])
     trainable.scheduler.num_steps = 0  # Megatron adds the loaded steps to those of the fresh schedule
     trainable.scheduler.load_state_dict(state["scheduler"])
@@ -110,7 +111,7 @@ def _name(step: int) -> str:
 
 
 def _state_dict(trainable: Trainable, *, is_loading: bool) -> dict[str, Any]:
-    model = trainable.gpt.sharded_state_dict()
+    model = sharded_weights(trainable.gpt)
     return {
         "model": model,
         "optimizer": trainable.optimizer.sharded_state_dict(model, is_loading=is_loading, metadata=_OPTIMIZER_FORMAT),

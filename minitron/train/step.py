@@ -1,5 +1,6 @@
 """One optimizer step around Megatron's pipeline schedule."""
 
+import contextlib
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -55,8 +56,7 @@ def train_step(
     Raises:
         NumericsError: The gradient is not finite; nothing has been updated.
     """
-    trainable.ddp.zero_grad_buffer()
-    trainable.optimizer.zero_grad()
+    trainable.zero_grad()
     terms = accumulate_gradients(trainable, objective, microbatches, group_size=group_size)
     trainable.optimizer.prepare_grads()
     grad_norm = float(trainable.optimizer.get_grad_norm())
@@ -74,20 +74,24 @@ def train_step(
 def accumulate_gradients(
     trainable: Trainable, objective: Objective, microbatches: Sequence[Batch], *, group_size: int
 ) -> dict[str, Tensor]:
-    """Run the schedule over all micro-batches and reduce the gradients once, after the last group."""
+    """Run the schedule over all micro-batches and reduce the gradients once, in or after the last group."""
     group_size = group_size or len(microbatches)
-    finalize = trainable.config.finalize_model_grads_func
+    config, finalize = trainable.config, trainable.config.finalize_model_grads_func
     collected: list[dict[str, Tensor]] = []
     try:
         for start in range(0, len(microbatches), group_size):
             group = microbatches[start : start + group_size]
             last = start + group_size >= len(microbatches)
-            trainable.config.finalize_model_grads_func = finalize if last else None
+            # The last group's schedule ends the block in time for its last backward pass. No other schedule may see
+            # the function: one that only runs forward enters the block and does not leave it.
+            config.finalize_model_grads_func = finalize if last else None
             work = list(zip(group, objective.signals(group), strict=True))
             share = len(group) / len(microbatches)
-            collected += _run_schedule(trainable, objective, work, share)
+            config.no_sync_func = trainable.no_sync if last else None
+            with contextlib.nullcontext() if last else trainable.no_sync():
+                collected += _run_schedule(trainable, objective, work, share)
     finally:
-        trainable.config.finalize_model_grads_func = finalize
+        config.finalize_model_grads_func, config.no_sync_func = finalize, None
     names = collected[0].keys() if collected else ()
     return {name: torch.stack([terms[name] for terms in collected]).mean() for name in names}
 
@@ -96,11 +100,14 @@ def _run_schedule(
     trainable: Trainable, objective: Objective, work: Sequence[Work], share: float
 ) -> list[dict[str, Tensor]]:
     batch = work[0][0]
-    schedule = get_forward_backward_func()
+    config = trainable.config
+    schedule = get_forward_backward_func(
+        pp_size=config.pipeline_model_parallel_size, vp_size=config.virtual_pipeline_model_parallel_size
+    )
     collected: list[dict[str, Tensor]] = schedule(
         forward_step_func=partial(_forward_step, objective, share),
-        data_iterator=iter(work),
-        model=[trainable.ddp],
+        data_iterator=[iter(work) for _ in trainable.ddp],
+        model=trainable.ddp,
         num_microbatches=len(work),
         seq_length=batch.tokens_BS.shape[1],
         micro_batch_size=batch.tokens_BS.shape[0],

@@ -9,7 +9,6 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from megatron.core.dist_checkpointing.strategies import filesystem_async
-from megatron.core.models.gpt.gpt_model import GPTModel
 from torch import Tensor
 
 from minitron.checkpoint.folder import read_model_config
@@ -24,7 +23,7 @@ from minitron.config.distill import DistillConfig
 from minitron.distill.objective import Distillation
 from minitron.distill.teacher import OnlineTeacher, freeze
 from minitron.eval.logits import model_logits
-from minitron.models.gpt import build_gpt
+from minitron.models.gpt import Chunks, build_gpt
 from minitron.parallel.groups import Groups, model_parallel
 from minitron.train.heldout import HeldoutLoss, heldout_loss
 from minitron.train.objective import CrossEntropy
@@ -69,14 +68,14 @@ class FirstGradients:
 def distill(work: Work, *, stop: int = 0, states: Path | None = None, save: bool = False) -> list[Step]:
     """Distill from the newest state up to step ``stop`` (0: to the end)."""
     stop = stop or len(work.tokens_NGT)
-    with _layout(work.parallel) as groups:
-        trainable, objective = _distillation(work, groups)
+    with in_layout(work.parallel) as groups:
+        trainable, objective = distillation(work, groups)
         step = 0 if states is None else load_state(trainable, states)
         steps = []
         for tokens_GT in work.tokens_NGT[step:stop]:
             batches = microbatches(tokens_GT, groups)
             output = train_step(trainable, objective, batches, group_size=work.group_size)
-            steps.append(Step(_shared(output.terms, groups), output.grad_norm))
+            steps.append(Step(shared_loss(output.terms, groups), output.grad_norm))
         if save:
             assert states is not None
             _queue_in_process()
@@ -86,16 +85,16 @@ def distill(work: Work, *, stop: int = 0, states: Path | None = None, save: bool
 
 def first_gradients(work: Work, out: Path) -> FirstGradients:
     """Gradients of the first step, written under ``out`` as if they were weights."""
-    with _layout(work.parallel) as groups:
-        trainable, objective = _distillation(work, groups)
+    with in_layout(work.parallel) as groups:
+        trainable, objective = distillation(work, groups)
         teacher = objective.teacher.gpt
         before = [p.clone() for p in teacher.parameters()]
-        trainable.ddp.zero_grad_buffer()
+        trainable.zero_grad()
         batches = microbatches(work.tokens_NGT[0], groups)
         terms = accumulate_gradients(trainable, objective, batches, group_size=work.group_size)
         _gather_gradients(trainable, groups)
         trainable.optimizer.prepare_grads()
-        step = Step(_shared(terms, groups), float(trainable.optimizer.get_grad_norm()))
+        step = Step(shared_loss(terms, groups), float(trainable.optimizer.get_grad_norm()))
         with torch.no_grad():
             for parameter in trainable.gpt.parameters():
                 parameter.copy_(parameter.main_grad)  # type: ignore[attr-defined]
@@ -113,16 +112,17 @@ def logits(
     folder: Path, parallel: ParallelConfig, tokens_BS: Tensor, *, dtype: torch.dtype = torch.float32
 ) -> tuple[Tensor, int]:
     """Logits of a checkpoint folder computed in ``dtype``, and how many layers this rank holds."""
-    with _layout(parallel) as groups:
+    with in_layout(parallel) as groups:
         gpt = _load(folder, parallel, groups).eval().to(dtype)
         gpt.config.pipeline_dtype = dtype
         vocab_size = read_model_config(folder).vocab_size
-        return model_logits(gpt, tokens_BS, groups, vocab_size=vocab_size), len(gpt.decoder.layers)
+        num_layers = sum(len(chunk.decoder.layers) for chunk in gpt)
+        return model_logits(gpt, tokens_BS, groups, vocab_size=vocab_size), num_layers
 
 
 def heldout(folder: Path, parallel: ParallelConfig, tokens_BT: Tensor, *, micro_batch_size: int) -> HeldoutLoss:
     """Held-out loss of a checkpoint folder; sequences of weight 0 fill up the last micro-batches."""
-    with _layout(parallel) as groups:
+    with in_layout(parallel) as groups:
         gpt = _load(folder, parallel, groups)
         objective = CrossEntropy(read_model_config(folder).vocab_size, groups, sequence_parallel=False)
         batches = microbatches(tokens_BT, groups, size=micro_batch_size)
@@ -157,19 +157,19 @@ def _queue_in_process() -> None:
 
 
 @contextmanager
-def _layout(parallel: ParallelConfig) -> Iterator[Groups]:
+def in_layout(parallel: ParallelConfig) -> Iterator[Groups]:
     with CPU_LAYER.in_force(), model_parallel(parallel, seed=1) as groups:
         yield groups
 
 
-def _load(folder: Path, parallel: ParallelConfig, groups: Groups) -> GPTModel:
+def _load(folder: Path, parallel: ParallelConfig, groups: Groups) -> Chunks:
     gpt = build_gpt(read_model_config(folder), parallel, PrecisionConfig(), groups, device=Device.cpu)
     load_model(gpt, folder)
     return gpt
 
 
-def _distillation(work: Work, groups: Groups) -> tuple[Trainable, Distillation]:
-    teacher = OnlineTeacher(freeze(_load(work.teacher, work.parallel, groups)))
+def distillation(work: Work, groups: Groups) -> tuple[Trainable, Distillation]:
+    teacher = OnlineTeacher(freeze(_load(work.teacher, work.parallel.for_teacher(4), groups)))
     num_steps, size, length = work.tokens_NGT.shape
     train = TrainConfig(
         num_tokens=num_steps * size * (length - 1),
@@ -179,12 +179,12 @@ def _distillation(work: Work, groups: Groups) -> tuple[Trainable, Distillation]:
         lr_warmup_steps=1,
     )
     student = _load(work.student, work.parallel, groups)
-    trainable = make_trainable(student, train, groups, seq_length=length - 1)
+    trainable = make_trainable(student, train, work.parallel, groups, seq_length=length - 1)
     vocab_size = read_model_config(work.student).vocab_size
     return trainable, Distillation(teacher, vocab_size, groups, False, DistillConfig())
 
 
-def _shared(terms: dict[str, Tensor], groups: Groups) -> float:
+def shared_loss(terms: dict[str, Tensor], groups: Groups) -> float:
     """The loss, averaged over data-parallel ranks and known on every rank."""
     loss = torch.zeros((), dtype=torch.float64)
     if groups.is_last_stage:
@@ -197,7 +197,6 @@ def _shared(terms: dict[str, Tensor], groups: Groups) -> float:
 
 def _gather_gradients(trainable: Trainable, groups: Groups) -> None:
     """Undo the distributed optimizer's scatter: every data-parallel rank gets the whole gradient."""
-    for buffer in trainable.ddp.buffers:
-        for bucket in buffer.buckets:
-            shard = bucket.grad_data.view(groups.dp.size(), -1)[groups.dp_rank].clone()
-            dist.all_gather_into_tensor(bucket.grad_data, shard, group=groups.dp)
+    for bucket in (bucket for ddp in trainable.ddp for buffer in ddp.buffers for bucket in buffer.buckets):
+        shard = bucket.grad_data.view(groups.dp.size(), -1)[groups.dp_rank].clone()
+        dist.all_gather_into_tensor(bucket.grad_data, shard, group=groups.dp)

@@ -50,20 +50,30 @@ def write_random(folder: Path, model: ModelConfig) -> dict[str, Tensor]:
     return tensors
 
 
-def layout(tp: int, pp: int) -> ParallelConfig:
-    return ParallelConfig(tensor_model_parallel_size=tp, pipeline_model_parallel_size=pp)
+def layout(tp: int, pp: int, vp: int | None = None) -> ParallelConfig:
+    return ParallelConfig(
+        tensor_model_parallel_size=tp, pipeline_model_parallel_size=pp, virtual_pipeline_model_parallel_size=vp
+    )
 
 
 @pytest.mark.parametrize(
-    ("model", "tp", "pp"),
-    [(MODEL, 1, 1), (MODEL, 2, 1), (MODEL, 1, 2), (TIED, 1, 2), (TIED, 2, 2)],
-    ids=["1x1", "tp2", "pp2", "tied-pp2", "tied-tp2-pp2"],
+    ("model", "tp", "pp", "vp"),
+    [
+        (MODEL, 1, 1, None),
+        (MODEL, 2, 1, None),
+        (MODEL, 1, 2, None),
+        (TIED, 1, 2, None),
+        (TIED, 2, 2, None),
+        (TIED, 1, 2, 2),
+        (replace(MODEL, num_layers=6), 2, 2, 2),  # chunks of 2, 1, 2 and 1 layers
+    ],
+    ids=["1x1", "tp2", "pp2", "tied-pp2", "tied-tp2-pp2", "tied-pp2-vp2", "tp2-pp2-vp2"],
 )
 def test_every_layout_saves_what_it_loaded(
-    tmp_path: Path, pool: WorkerPool, model: ModelConfig, tp: int, pp: int
+    tmp_path: Path, pool: WorkerPool, model: ModelConfig, tp: int, pp: int, vp: int | None
 ) -> None:
     tensors = write_random(tmp_path / "written", model)
-    pool.run(workers.load_and_save, tp * pp, tmp_path / "written", tmp_path / "saved", layout(tp, pp))
+    pool.run(workers.load_and_save, tp * pp, tmp_path / "written", tmp_path / "saved", layout(tp, pp, vp))
     assert read_model_config(tmp_path / "saved") == model
     reader = CheckpointReader(weights_dir(tmp_path / "saved"))
     assert reader.tensors.keys() == tensors.keys()

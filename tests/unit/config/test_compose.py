@@ -133,6 +133,15 @@ def test_wrong_override_is_one_line(override: str, parts: list[str]) -> None:
             ["distill.train.micro_batch_size=2", "parallel.data_parallel_size=3"],
             "global_batch_size=8 is not a multiple of micro_batch_size=2 x data_parallel_size=3 = 6",
         ),
+        (
+            ["parallel.virtual_pipeline_model_parallel_size=2"],
+            "parallel.virtual_pipeline_model_parallel_size=2 needs parallel.pipeline_model_parallel_size > 1",
+        ),
+        (
+            ["parallel.pipeline_model_parallel_size=3", "parallel.virtual_pipeline_model_parallel_size=2"],
+            "= 8 micro-batches are not a multiple of parallel.pipeline_model_parallel_size=3",
+        ),
+        (["parallel.recompute_granularity=full"], "parallel.recompute_granularity=full needs recompute_method"),
     ],
 )
 def test_impossible_layout_is_one_line(overrides: list[str], part: str) -> None:
@@ -140,6 +149,28 @@ def test_impossible_layout_is_one_line(overrides: list[str], part: str) -> None:
         compose_run([RANDOM, *overrides])
     assert part in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_interleaving_needs_groups_of_whole_rounds() -> None:
+    layout = ["parallel.pipeline_model_parallel_size=4", "parallel.virtual_pipeline_model_parallel_size=2"]
+    with pytest.raises(ConfigError) as caught:
+        compose_run([RANDOM, *layout, "distill.teacher_microbatches=2"])
+    assert str(caught.value) == (
+        "distill.teacher_microbatches=2 is not a multiple of parallel.pipeline_model_parallel_size=4, which "
+        "virtual_pipeline_model_parallel_size=2 needs: each group of micro-batches is an interleaved schedule of its "
+        "own; use 0 or a multiple of 4"
+    )
+    assert compose_run([RANDOM, *layout, "distill.teacher_microbatches=4"]).parallel.num_chunks == 2
+    assert compose_run([RANDOM, layout[0], "distill.teacher_microbatches=2"]).parallel.num_chunks == 1
+
+
+def test_recomputation_from_the_command_line() -> None:
+    how = ["recompute_granularity=full", "recompute_method=block", "recompute_num_layers=2"]
+    parallel = compose_run([RANDOM, *(f"parallel.{override}" for override in how)]).parallel
+    assert (parallel.recompute_granularity, parallel.recompute_method) == ("full", "block")
+    with pytest.raises(ConfigError) as caught:
+        compose_run([RANDOM, "parallel.recompute_granularity=some"])
+    assert "parallel.recompute_granularity" in str(caught.value)
 
 
 def test_sequence_parallel_needs_a_sequence_that_divides() -> None:

@@ -1,11 +1,19 @@
 """Layout and schedule arithmetic, worked by hand."""
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 
 from minitron.config.model import Architecture, ModelConfig
-from minitron.config.parallel import ParallelConfig, check_layout, stage_layers
+from minitron.config.parallel import (
+    ParallelConfig,
+    RecomputeGranularity,
+    RecomputeMethod,
+    check_layout,
+    layers_per_stage,
+    stage_layers,
+)
 from minitron.config.train import TrainConfig, check_train, num_microbatches
 from minitron.errors import ConfigError, LayoutError, ModelError
 
@@ -116,6 +124,197 @@ def test_check_layout_refuses(change: dict[str, int], layout: dict[str, int], me
 
 def test_check_layout_accepts_what_divides() -> None:
     check_layout(MODEL, ParallelConfig(tensor_model_parallel_size=4, pipeline_model_parallel_size=6), who="teacher")
+
+
+def stages(pp: int, vp: int | None = None, first: int | None = None, last: int | None = None) -> ParallelConfig:
+    return ParallelConfig(
+        pipeline_model_parallel_size=pp,
+        virtual_pipeline_model_parallel_size=vp,
+        num_layers_in_first_pipeline_stage=first,
+        num_layers_in_last_pipeline_stage=last,
+    )
+
+
+@pytest.mark.parametrize(
+    ("layers", "layout", "expected"),
+    [
+        (5, ParallelConfig(), [5]),
+        (7, stages(2), [4, 3]),
+        (7, stages(2, vp=1), [4, 3]),
+        (7, stages(2, first=2), [2, 5]),
+        (7, stages(2, last=2), [5, 2]),
+        (7, stages(2, first=3, last=4), [3, 4]),
+        (10, stages(4, first=1), [1, 3, 3, 3]),
+        (10, stages(4, first=2, last=4), [2, 2, 2, 4]),
+        (24, stages(4, vp=2), [6, 6, 6, 6]),
+        (30, stages(2, vp=2), [16, 14]),
+        (26, stages(3, vp=2), [10, 8, 8]),
+        (30, stages(4, vp=2, first=6, last=8), [6, 8, 8, 8]),
+    ],
+)
+def test_layers_per_stage_by_hand(layers: int, layout: ParallelConfig, expected: list[int]) -> None:
+    assert sorted(layers_per_stage(layers, layout)) == sorted(expected)
+    if layout.num_layers_in_first_pipeline_stage or layout.num_layers_in_last_pipeline_stage:
+        assert layers_per_stage(layers, layout) == expected
+
+
+@pytest.mark.parametrize(
+    ("layout", "message"),
+    [
+        (
+            stages(2, vp=4),
+            (
+                "student: num_layers=6 cannot be dealt over 2 stages x "
+                "parallel.virtual_pipeline_model_parallel_size=4 chunks: a stage's chunks have equally many "
+                "layers, at least 1; chunks that fit: 1, 2, 3"
+            ),
+        ),
+        (
+            stages(3, vp=3),
+            (
+                "student: num_layers=6 cannot be dealt over 3 stages x "
+                "parallel.virtual_pipeline_model_parallel_size=3 chunks: a stage's chunks have equally many "
+                "layers, at least 1; chunks that fit: 1, 2"
+            ),
+        ),
+        (
+            stages(2, vp=2, first=3),
+            (
+                "student: parallel.num_layers_in_first_pipeline_stage=3 does not divide over "
+                "parallel.virtual_pipeline_model_parallel_size=2 chunks (3 / 2 leaves 1)"
+            ),
+        ),
+        (
+            stages(2, first=6),
+            (
+                "student: parallel.num_layers_in_first_pipeline_stage=6 leave 6 - 6 = 0 layers for the other 1 of 2 "
+                "stages, which must be equal and not empty"
+            ),
+        ),
+        (
+            stages(3, first=3),
+            (
+                "student: parallel.num_layers_in_first_pipeline_stage=3 leave 6 - 3 = 3 layers for the other 2 of 3 "
+                "stages, which must be equal and not empty"
+            ),
+        ),
+        (
+            stages(2, first=3, last=4),
+            (
+                "student: parallel.num_layers_in_first_pipeline_stage=3 and "
+                "parallel.num_layers_in_last_pipeline_stage=4 leave 6 - 3 - 4 = -1 layers for the other 0 of 2 "
+                "stages, which must be equal and not empty"
+            ),
+        ),
+        (
+            stages(3, vp=2, first=2, last=4),
+            (
+                "student: parallel.num_layers_in_first_pipeline_stage=2 and "
+                "parallel.num_layers_in_last_pipeline_stage=4 leave 6 - 2 - 4 = 0 layers for the other 1 of 3 "
+                "stages in 2 chunks each, which must be equal and not empty"
+            ),
+        ),
+    ],
+)
+def test_layers_that_do_not_come_out(layout: ParallelConfig, message: str) -> None:
+    with pytest.raises(LayoutError) as caught:
+        check_layout(MODEL, layout, who="student")
+    assert str(caught.value) == message
+    check_layout(MODEL, layout.plain(), who="teacher")  # divided by itself
+
+
+def test_the_teacher_is_interleaved_where_its_depth_allows() -> None:
+    layout = stages(2, vp=3, first=9)
+    assert layout.for_teacher(12) == stages(2, vp=3)
+    assert layout.for_teacher(13) == stages(2)
+    assert layout.for_teacher(3) == stages(2)  # a multiple of 3, but 6 chunks
+    assert stages(2).for_teacher(12) == stages(2)
+    recomputing = ParallelConfig(recompute_granularity=RecomputeGranularity.selective)
+    assert recomputing.for_teacher(12) == recomputing.plain() == ParallelConfig()
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        (
+            {"virtual_pipeline_model_parallel_size": 2},
+            (
+                "parallel.virtual_pipeline_model_parallel_size=2 needs parallel.pipeline_model_parallel_size > 1 "
+                "(it is 1): there are no stages to divide the layers over"
+            ),
+        ),
+        (
+            {"num_layers_in_last_pipeline_stage": 2},
+            (
+                "parallel.num_layers_in_last_pipeline_stage=2 needs parallel.pipeline_model_parallel_size > 1 "
+                "(it is 1): there are no stages to divide the layers over"
+            ),
+        ),
+        (
+            {"pipeline_model_parallel_size": 2, "num_layers_in_first_pipeline_stage": 0},
+            "parallel.num_layers_in_first_pipeline_stage=0 must be at least 1, or null",
+        ),
+        (
+            {"pipeline_model_parallel_size": 2, "virtual_pipeline_model_parallel_size": -1},
+            "parallel.virtual_pipeline_model_parallel_size=-1 must be at least 1, or null",
+        ),
+        (
+            {"recompute_granularity": RecomputeGranularity.full},
+            (
+                "parallel.recompute_granularity=full needs recompute_method (uniform or block) and "
+                "recompute_num_layers of at least 1, but recompute_method=null and recompute_num_layers=null"
+            ),
+        ),
+        (
+            {
+                "recompute_granularity": RecomputeGranularity.full,
+                "recompute_method": RecomputeMethod.block,
+                "recompute_num_layers": 0,
+            },
+            (
+                "parallel.recompute_granularity=full needs recompute_method (uniform or block) and "
+                "recompute_num_layers of at least 1, but recompute_method=block and recompute_num_layers=0"
+            ),
+        ),
+        (
+            {"recompute_granularity": RecomputeGranularity.selective, "recompute_num_layers": 2},
+            (
+                "parallel.recompute_method=null and recompute_num_layers=2 belong to recompute_granularity=full, "
+                "but it is selective; set the two to null, or the granularity to full"
+            ),
+        ),
+        (
+            {"recompute_method": RecomputeMethod.uniform},
+            (
+                "parallel.recompute_method=uniform and recompute_num_layers=null belong to "
+                "recompute_granularity=full, but it is null; set the two to null, or the granularity to full"
+            ),
+        ),
+    ],
+)
+def test_settings_that_do_not_go_together(values: dict[str, Any], message: str) -> None:
+    with pytest.raises(LayoutError) as caught:
+        ParallelConfig(**values)
+    assert str(caught.value) == message
+
+
+def test_one_chunk_a_stage_is_plain() -> None:
+    assert ParallelConfig(virtual_pipeline_model_parallel_size=1).num_chunks == 1
+    assert stages(2, vp=1).num_chunks == stages(2).num_chunks == 1
+
+
+def test_interleaving_needs_whole_rounds_of_microbatches() -> None:
+    train = TrainConfig(num_tokens=100_000, micro_batch_size=2, global_batch_size=12)
+    layout = replace(stages(4, vp=2), data_parallel_size=2)
+    with pytest.raises(LayoutError) as caught:
+        check_train(train, layout, seq_length=512, who="distill.train")
+    assert str(caught.value) == (
+        "distill.train: global_batch_size=12 / (micro_batch_size=2 x data_parallel_size=2) = 3 micro-batches are not "
+        "a multiple of parallel.pipeline_model_parallel_size=4, which virtual_pipeline_model_parallel_size=2 needs; "
+        "change the batch, or set it to null"
+    )
+    check_train(train, replace(layout, virtual_pipeline_model_parallel_size=None), seq_length=512, who="distill.train")
+    check_train(replace(train, global_batch_size=16), layout, seq_length=512, who="distill.train")
 
 
 def test_heads_must_divide_into_groups() -> None:
