@@ -40,7 +40,8 @@ def observed(work: Work) -> dict[str, int]:
 
     Returns:
         Number of chunks; forward passes of the first layer and of its attention; blocks of gradients, and those
-        whose reduction was under way when the schedule had run its last backward pass.
+        whose reduction was under way when the schedule had run its last backward pass; how often a gradient was
+        announced as ready to be reduced.
     """
     counts: Counter[str] = Counter()
     _distill(work, counts)
@@ -69,6 +70,8 @@ def _count(trainable: Trainable, counts: Counter[str]) -> None:
 
     def count_blocks(*args: Any, **kwargs: Any) -> None:
         counts["under_way"] += sum(block.grad_reduce_handle is not None for block in blocks)
+        announced = [number for block in blocks for number in block.per_param_grad_ready_counts.values()]
+        counts["announced"] = max(announced, default=0)
         finalize(*args, **kwargs)
 
     trainable.config.finalize_model_grads_func = count_blocks

@@ -172,13 +172,14 @@ def test_what_is_computed_again(
 def test_reduction_starts_in_the_backward_pass(pool: WorkerPool, teacher: Path, deep: Path, group: int) -> None:
     for counts in pool.run(layout_workers.observed, 2, work(teacher, deep, case(dp=2, group=group))):
         assert counts["under_way"] == counts["blocks"] >= 1
+        assert counts["announced"] == 1  # only by the last micro-batch of the last group
     off = case(dp=2, group=group, overlap=False)
     assert [counts["under_way"] for counts in pool.run(layout_workers.observed, 2, work(teacher, deep, off))] == [0, 0]
 
 
 def test_reduction_of_every_chunk_overlaps(pool: WorkerPool, teacher: Path, deep: Path) -> None:
     for counts in pool.run(layout_workers.observed, 4, work(teacher, deep, case(pp=2, vp=3, dp=2, group=2))):
-        assert counts["chunks"] == 3
+        assert (counts["chunks"], counts["announced"]) == (3, 1)
         assert counts["under_way"] == counts["blocks"] >= 3
 
 
