@@ -35,7 +35,7 @@ def run_job(verb: str, config: RunConfig) -> int:
         Exit code.
     """
     check_models(config)
-    resolve_device(config.device, config.parallel)
+    resolve_device(config.device)
     env = dist_env()
     if env is not None:
         check_num_ranks(env, config.parallel)

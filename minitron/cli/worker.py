@@ -53,7 +53,7 @@ def run_rank(config: RunConfig, wanted: Sequence[str], env: DistEnv) -> None:
     from minitron.runtime.session import Session
 
     check_num_ranks(env, config.parallel)
-    device = resolve_device(config.device, config.parallel)
+    device = resolve_device(config.device)
     run = RunFolder(Path(config.runs_dir) / config.name)
     with process_group(env, device), model_parallel(config.parallel, seed=config.seed) as groups:
         session = Session(config=config, run=run, groups=groups, device=device, console=Console(soft_wrap=True))

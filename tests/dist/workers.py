@@ -24,7 +24,7 @@ from minitron.eval.logits import model_logits
 from minitron.models.gpt import build_gpt
 from minitron.parallel.groups import Groups, model_parallel
 from minitron.train.heldout import HeldoutLoss, heldout_loss
-from minitron.train.objective import CrossEntropy
+from minitron.train.objective import CrossEntropy, Objective
 from minitron.train.optim import Trainable, make_trainable
 from minitron.train.state import load_state, save_state
 from minitron.train.step import accumulate_gradients, train_step
@@ -37,6 +37,7 @@ class Work:
     Attributes:
         tokens_NGT: Token ids of N steps of G sequences; T is one more than the sequence length.
         group_size: Micro-batches whose teacher states are held at once.
+        cross_entropy: Train on the tokens themselves instead.
     """
 
     teacher: Path
@@ -44,6 +45,7 @@ class Work:
     parallel: ParallelConfig
     tokens_NGT: Tensor
     group_size: int = 0
+    cross_entropy: bool = False
 
 
 @dataclass(frozen=True)
@@ -67,7 +69,7 @@ def distill(work: Work, *, stop: int = 0, states: Path | None = None, save: bool
     """Distill from the newest state up to step ``stop`` (0: to the end)."""
     stop = stop or len(work.tokens_NGT)
     with _layout(work.parallel) as groups:
-        trainable, objective = _distillation(work, groups)
+        trainable, objective = _training(work, groups)
         step = 0 if states is None else load_state(trainable, states)
         steps = []
         for tokens_GT in work.tokens_NGT[step:stop]:
@@ -121,7 +123,7 @@ def heldout(folder: Path, parallel: ParallelConfig, tokens_BT: Tensor, *, micro_
     """Held-out loss of a checkpoint folder; sequences of weight 0 fill up the last micro-batches."""
     with _layout(parallel) as groups:
         gpt = _load(folder, parallel, groups)
-        objective = CrossEntropy(read_model_config(folder).vocab_size, groups, sequence_parallel=False)
+        objective = CrossEntropy(read_model_config(folder).vocab_size, groups, parallel.sequence_parallel)
         batches = microbatches(tokens_BT, groups, size=micro_batch_size)
         return heldout_loss(gpt, batches, objective, groups)
 
@@ -165,6 +167,13 @@ def _load(folder: Path, parallel: ParallelConfig, groups: Groups) -> GPTModel:
     return gpt
 
 
+def _training(work: Work, groups: Groups) -> tuple[Trainable, Objective]:
+    trainable, distillation = _distillation(work, groups)
+    if not work.cross_entropy:
+        return trainable, distillation
+    return trainable, CrossEntropy(distillation.vocab_size, groups, work.parallel.sequence_parallel)
+
+
 def _distillation(work: Work, groups: Groups) -> tuple[Trainable, ForwardKL]:
     teacher = OnlineTeacher(freeze(_load(work.teacher, work.parallel, groups)))
     num_steps, size, length = work.tokens_NGT.shape
@@ -178,7 +187,7 @@ def _distillation(work: Work, groups: Groups) -> tuple[Trainable, ForwardKL]:
     student = _load(work.student, work.parallel, groups)
     trainable = make_trainable(student, train, groups, seq_length=length - 1)
     vocab_size = read_model_config(work.student).vocab_size
-    return trainable, ForwardKL(teacher, vocab_size, groups, sequence_parallel=False)
+    return trainable, ForwardKL(teacher, vocab_size, groups, work.parallel.sequence_parallel)
 
 
 def _shared(terms: dict[str, Tensor], groups: Groups) -> float:
