@@ -51,9 +51,11 @@ class CudaToCpu(TorchFunctionMode):
         args: tuple[Any, ...] = (),
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
-        """Rewrite ``device=`` and the answer of ``Tensor.type()``; pass everything else through."""
+        """Rewrite ``device=``, ``pin_memory=`` and the answer of ``Tensor.type()``; pass everything else through."""
         kwargs = dict(kwargs or {})
         device = kwargs.get("device")
+        if kwargs.get("pin_memory"):
+            kwargs["pin_memory"] = False
         if isinstance(device, int) or (device is not None and str(device).startswith("cuda")):
             kwargs["device"] = torch.device("cpu")
         result = func(*args, **kwargs)
@@ -101,6 +103,12 @@ def _rms_norm(config: Any, hidden_size: int, eps: float = 1e-5, **_kwargs: objec
     return norm
 
 
+def _core_attention(_provider: object) -> type:
+    from minitron.compat.cpu_attention import ContextParallelAttention  # needs Megatron, which the launcher does not
+
+    return ContextParallelAttention
+
+
 def redirects() -> tuple[Redirect, ...]:
     """Everything the layer replaces (besides the tensor factories, see `CudaToCpu`)."""
     stream = NullStream()
@@ -121,6 +129,7 @@ def redirects() -> tuple[Redirect, ...]:
         Redirect(rng, "_set_cuda_rng_state", _set_cpu_rng_state, "states of the RNG tracker"),
         Redirect("torch.Tensor", "cuda", _same_tensor, "copies of small host tensors"),
         Redirect(local, "layer_norm", lambda *_a, **_k: _rms_norm, "the local norm refuses sequence parallelism"),
+        Redirect(local, "core_attention", _core_attention, "the local attention refuses context parallelism"),
         Redirect(block, "LayerNormImpl", _rms_norm, "the final norm: the same, and may be Transformer Engine's"),
     )
 

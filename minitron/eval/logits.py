@@ -10,6 +10,7 @@ from torch import Tensor
 from minitron.data.batch import Batch
 from minitron.data.loader import heldout_batches
 from minitron.models.gpt import FinalState
+from minitron.parallel.context import whole_sequence
 from minitron.parallel.groups import Groups
 from minitron.train.heldout import forward_only
 
@@ -37,19 +38,20 @@ def model_logits(
     size, length = tokens_BS.shape
     sequence_parallel = gpt.config.sequence_parallel
     # A split sequence must divide; no position sees what comes after it, so what fills it up changes nothing.
-    filled = tokens_BS.new_zeros(size, -length % groups.tp.size() if sequence_parallel else 0)
-    tokens_BS = torch.cat([tokens_BS, filled], dim=1)
+    parts = (groups.tp.size() if sequence_parallel else 1) * (2 * groups.cp.size() if groups.cp.size() > 1 else 1)
+    tokens_BS = torch.cat([tokens_BS, tokens_BS.new_zeros(size, -length % parts)], dim=1)
     batch = Batch(
         tokens_BS=tokens_BS,
         labels_BS=tokens_BS,
         position_ids_BS=torch.arange(tokens_BS.shape[1], device=tokens_BS.device).repeat(size, 1),
         loss_mask_BS=torch.ones(tokens_BS.shape, device=tokens_BS.device),
-    )
+    ).on_rank(groups, tokens_BS.device)
 
     def logits_of(state: FinalState, _batch: Batch) -> Tensor:
         hidden_SBH = state.hidden_SBH
         if sequence_parallel:
             hidden_SBH = gather_from_sequence_parallel_region(hidden_SBH, group=groups.tp)
+        hidden_SBH = whole_sequence(hidden_SBH, groups.cp)
         hidden_SBH = hidden_SBH[length - 1 : length] if last_only else hidden_SBH[:length]
         return (hidden_SBH @ state.weight_vH.t()).float().transpose(0, 1).contiguous()
 

@@ -61,6 +61,7 @@ def transformer_config(
         bf16=precision.dtype is Dtype.bf16,
         tensor_model_parallel_size=parallel.tensor_model_parallel_size,
         pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
+        context_parallel_size=parallel.context_parallel_size,
         sequence_parallel=parallel.sequence_parallel,
         num_layers_in_first_pipeline_stage=_if_uneven(stages, 0),
         num_layers_in_last_pipeline_stage=_if_uneven(stages, -1),

@@ -7,7 +7,9 @@ from functools import partial
 from typing import Any
 
 import torch
+from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
 from megatron.core.pipeline_parallel.schedules import get_forward_backward_func
+from megatron.core.utils import get_attr_wrapped_model, get_model_config
 from torch import Tensor
 
 from minitron.data.batch import Batch
@@ -53,7 +55,7 @@ def forward_only(
 
     Args:
         model: A `GPTModel` or Megatron's wrapper around one.
-        microbatches: This data-parallel rank's micro-batches, all of one shape.
+        microbatches: This data-parallel rank's micro-batches, all of one shape; cut for context parallelism.
         collect: Called on the last stage with the final state of each micro-batch.
 
     Returns:
@@ -61,16 +63,20 @@ def forward_only(
     """
     batch = microbatches[0]
     schedule = get_forward_backward_func()
+    # The model's own groups: it may be built without the context parallelism of the job.
+    collection = get_attr_wrapped_model(model, "pg_collection")
     with torch.no_grad():
         results: list[Any] = schedule(
             forward_step_func=partial(_forward_step, collect),
             data_iterator=iter(microbatches),
             model=[model],
             num_microbatches=len(microbatches),
-            seq_length=batch.tokens_BS.shape[1],
+            seq_length=batch.seq_length,
             micro_batch_size=batch.tokens_BS.shape[0],
             forward_only=True,
             collect_non_loss_data=True,
+            pg_collection=collection,
+            p2p_communicator=P2PCommunicator(collection.pp, get_model_config(model)),
         )
     return results
 
@@ -94,7 +100,7 @@ def heldout_loss(
 
     Args:
         model: The model; put in evaluation mode and back.
-        microbatches: This data-parallel rank's part of the held-out text.
+        microbatches: This data-parallel rank's part of the held-out text; cut for context parallelism.
         objective: Knows the vocabulary and the groups.
         groups: This rank's process groups.
     """
@@ -110,15 +116,14 @@ def heldout_loss(
 
 def _weighted_loss(objective: CrossEntropy, state: FinalState, batch: Batch) -> Tensor:
     """Summed loss and number of tokens of one micro-batch, in fp64."""
-    num_tokens = batch.loss_mask_BS.sum().double()
     mean = objective.loss(state, batch, None).total.double()
-    return torch.stack([mean * num_tokens, num_tokens])
+    return torch.stack([mean * batch.num_loss_tokens, batch.loss_mask_BS.sum().double()])
 
 
 def _reduce(total: Tensor, groups: Groups, like: Tensor) -> HeldoutLoss:
     total = total.to(like.device)
     if groups.is_last_stage:
-        torch.distributed.all_reduce(total, group=groups.dp)
+        torch.distributed.all_reduce(total, group=groups.dp_cp)
     torch.distributed.broadcast(total, src=groups.last_stage_source, group=groups.pp)
     summed, count = total.tolist()
     return HeldoutLoss(loss=summed / max(count, 1.0), num_tokens=int(count))

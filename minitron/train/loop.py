@@ -70,7 +70,7 @@ def train(job: TrainJob) -> dict[str, float]:
         output = train_step(
             job.trainable,
             job.objective,
-            [batch.to(job.device) for batch in job.batches.microbatches(step)],
+            [batch.on_rank(job.groups, job.device) for batch in job.batches.microbatches(step)],
             group_size=job.group_size,
             clip_grad=settings.clip_grad,
         )
@@ -106,7 +106,7 @@ def _logged(output: StepOutput, job: TrainJob) -> dict[str, float]:
     if job.groups.is_last_stage:
         names = sorted(output.terms)
         values = torch.stack([output.terms[name].double() for name in names])
-        torch.distributed.all_reduce(values, group=job.groups.dp)
+        torch.distributed.all_reduce(values, group=job.groups.dp_cp)  # context-parallel ranks hold shares of a mean
         values /= job.groups.dp.size()
         shared = [dict(zip(names, values.tolist(), strict=True))]
     torch.distributed.broadcast_object_list(shared, src=job.groups.last_stage_source, group=job.groups.pp)

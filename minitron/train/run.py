@@ -80,7 +80,10 @@ def train_to_folder(
                 objective=objective,
                 batches=batches,
                 validate=lambda: heldout_loss(
-                    trainable.ddp, [batch.to(session.torch_device) for batch in heldout], cross_entropy, groups
+                    trainable.ddp,
+                    [batch.on_rank(groups, session.torch_device) for batch in heldout],
+                    cross_entropy,
+                    groups,
                 ),
                 train=settings,
                 seq_length=seq_length,

@@ -19,6 +19,12 @@ LAYOUTS = {
     "sequence TP2": layout(2, sp=True),
     "sequence TP2 x PP2": layout(2, 2, sp=True),
     "sequence TP2 x DP2": layout(2, 1, 2, sp=True),
+    "CP2": layout(cp=2),
+    "CP4": layout(cp=4),
+    "CP2 x TP2": layout(2, cp=2),
+    "CP2 x PP2": layout(1, 2, cp=2),
+    "CP2 x DP2": layout(1, 1, 2, cp=2),
+    "CP2 x sequence TP2": layout(2, cp=2, sp=True),
 }
 every_layout = pytest.mark.parametrize("parallel", LAYOUTS.values(), ids=LAYOUTS.keys())
 

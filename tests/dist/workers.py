@@ -143,6 +143,7 @@ def microbatches(tokens_GT: Tensor, groups: Groups, *, size: int = 1) -> list[Ba
             position_ids_BS=torch.arange(length).repeat(size, 1),
             loss_mask_BS=mask_G[first : first + size, None].expand(-1, length).contiguous(),
         )
+        .on_rank(groups, torch.device("cpu"))
         for first in range(groups.dp_rank * size, len(tokens_GT), size * ranks)
     ]
 
@@ -191,11 +192,11 @@ def _distillation(work: Work, groups: Groups) -> tuple[Trainable, ForwardKL]:
 
 
 def _shared(terms: dict[str, Tensor], groups: Groups) -> float:
-    """The loss, averaged over data-parallel ranks and known on every rank."""
+    """The loss, summed over context- and averaged over data-parallel ranks, known on every rank."""
     loss = torch.zeros((), dtype=torch.float64)
     if groups.is_last_stage:
         loss += terms["loss"].double()
-        dist.all_reduce(loss, group=groups.dp)
+        dist.all_reduce(loss, group=groups.dp_cp)
         loss /= groups.dp.size()
     dist.broadcast(loss, src=groups.last_stage_source, group=groups.pp)
     return float(loss)
@@ -205,5 +206,5 @@ def _gather_gradients(trainable: Trainable, groups: Groups) -> None:
     """Undo the distributed optimizer's scatter: every data-parallel rank gets the whole gradient."""
     for buffer in trainable.ddp.buffers:
         for bucket in buffer.buckets:
-            shard = bucket.grad_data.view(groups.dp.size(), -1)[groups.dp_rank].clone()
-            dist.all_gather_into_tensor(bucket.grad_data, shard, group=groups.dp)
+            shard = bucket.grad_data.view(groups.dp_cp.size(), -1)[groups.dp_cp.rank()].clone()
+            dist.all_gather_into_tensor(bucket.grad_data, shard, group=groups.dp_cp)
