@@ -17,7 +17,7 @@ from torch import Tensor
 from minitron.parallel.context import context_positions, gathered_positions
 
 
-class ContextParallelAttention(DotProductAttention):  # type: ignore[misc]
+class ContextParallelAttention(DotProductAttention):
     """Megatron's attention with the keys and values of all context-parallel ranks."""
 
     def __init__(

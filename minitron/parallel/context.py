@@ -40,6 +40,6 @@ def whole_sequence(hidden_SBH: Tensor, cp_group: ProcessGroup) -> Tensor:
     size = cp_group.size()
     if size == 1:
         return hidden_SBH
-    gathered = gather_from_sequence_parallel_region(hidden_SBH, group=cp_group)
+    gathered: Tensor = gather_from_sequence_parallel_region(hidden_SBH, group=cp_group)
     order = gathered_positions(len(gathered), size=size).argsort()
-    return gathered[order.to(gathered.device)]
+    return gathered.index_select(0, order.to(gathered.device))
