@@ -201,4 +201,4 @@ CPU_LAYER = CpuLayer()
 def describe() -> list[str]:
     """One line per redirect, for logs and ``minitron --version``."""
     lines = [f"{redirect.target}: {redirect.reason}" for redirect in redirects()]
-    return [*lines, 'tensor factories with device="cuda": scratch tensors of schedules and optimizer']
+    return [*lines, 'tensor factories with device="cuda" or pinned memory: scratch tensors of schedules and optimizer']

@@ -24,6 +24,7 @@ from minitron.eval.logits import model_logits
 from minitron.models.gpt import build_gpt
 from minitron.parallel.groups import Groups, model_parallel
 from minitron.train.heldout import HeldoutLoss, heldout_loss
+from minitron.train.loop import mean_terms
 from minitron.train.objective import CrossEntropy, Objective
 from minitron.train.optim import Trainable, make_trainable
 from minitron.train.state import load_state, save_state
@@ -75,7 +76,7 @@ def distill(work: Work, *, stop: int = 0, states: Path | None = None, save: bool
         for tokens_GT in work.tokens_NGT[step:stop]:
             batches = microbatches(tokens_GT, groups)
             output = train_step(trainable, objective, batches, group_size=work.group_size)
-            steps.append(Step(_shared(output.terms, groups), output.grad_norm))
+            steps.append(Step(mean_terms(output.terms, groups)["loss"], output.grad_norm))
         if save:
             assert states is not None
             _queue_in_process()
@@ -94,7 +95,7 @@ def first_gradients(work: Work, out: Path) -> FirstGradients:
         terms = accumulate_gradients(trainable, objective, batches, group_size=work.group_size)
         _gather_gradients(trainable, groups)
         trainable.optimizer.prepare_grads()
-        step = Step(_shared(terms, groups), float(trainable.optimizer.get_grad_norm()))
+        step = Step(mean_terms(terms, groups)["loss"], float(trainable.optimizer.get_grad_norm()))
         with torch.no_grad():
             for parameter in trainable.gpt.parameters():
                 parameter.copy_(parameter.main_grad)  # type: ignore[attr-defined]
@@ -189,17 +190,6 @@ def _distillation(work: Work, groups: Groups) -> tuple[Trainable, ForwardKL]:
     trainable = make_trainable(student, train, groups, seq_length=length - 1)
     vocab_size = read_model_config(work.student).vocab_size
     return trainable, ForwardKL(teacher, vocab_size, groups, work.parallel.sequence_parallel)
-
-
-def _shared(terms: dict[str, Tensor], groups: Groups) -> float:
-    """The loss, summed over context- and averaged over data-parallel ranks, known on every rank."""
-    loss = torch.zeros((), dtype=torch.float64)
-    if groups.is_last_stage:
-        loss += terms["loss"].double()
-        dist.all_reduce(loss, group=groups.dp_cp)
-        loss /= groups.dp.size()
-    dist.broadcast(loss, src=groups.last_stage_source, group=groups.pp)
-    return float(loss)
 
 
 def _gather_gradients(trainable: Trainable, groups: Groups) -> None:
