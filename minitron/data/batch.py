@@ -1,6 +1,6 @@
 """One micro-batch of token sequences."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -55,7 +55,8 @@ class Batch:
             return self
         assert self.context_parallel_size == 1, "the batch is cut already"
         here = context_positions(self.seq_length, rank=rank, size=size).to(self.tokens_BS.device)
-        return Batch(
+        return replace(
+            self,
             tokens_BS=self.tokens_BS[:, here],
             labels_BS=self.labels_BS[:, here],
             position_ids_BS=self.position_ids_BS[:, here],
