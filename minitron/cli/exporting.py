@@ -66,13 +66,7 @@ def _reload_error(session: Session, student: Path, folder: Path) -> float:
             parameter.copy_(parameter.to(exported))
     length = min(_CHECK_TOKENS, session.config.data.seq_length)
     tokens_BS = example_tokens(session.run.stage("data"), seq_length=length)
-    ours = model_logits(
-        gpt,
-        tokens_BS.to(session.torch_device),
-        session.groups,
-        vocab_size=model.vocab_size,
-        sequence_parallel=session.config.parallel.sequence_parallel,
-    )
+    ours = model_logits(gpt, tokens_BS.to(session.torch_device), session.groups, vocab_size=model.vocab_size)
     shared: list[float] = [0.0]
     if session.is_main:
         shared = [logit_error(ours.cpu(), hf_logits(folder, tokens_BS))]

@@ -42,7 +42,7 @@ def run_job(verb: str, config: RunConfig, env: DistEnv | None) -> int:
         if env is not None:
             check_num_ranks(env, config.parallel)
         check_models(config)
-        resolve_device(config.device, config.parallel)
+        resolve_device(config.device)
         if config.tracking.wandb:
             wandb_mode()
         wanted = wanted_stages(verb, config)

@@ -59,7 +59,7 @@ def run_rank(config: RunConfig, wanted: Sequence[str], env: DistEnv, *, outside:
 
     with in_turn(env):
         check_num_ranks(env, config.parallel)
-        device = resolve_device(config.device, config.parallel)
+        device = resolve_device(config.device)
     run = RunFolder(Path(config.runs_dir) / config.name)
     with process_group(env, device), model_parallel(config.parallel, seed=config.seed) as groups, in_turn(env):
         session = Session(config=config, run=run, groups=groups, device=device, console=Console(soft_wrap=True))

@@ -7,7 +7,7 @@ and says why. The layer is applied once per process by `minitron.runtime.device`
 """
 
 import contextlib
-import importlib
+import pkgutil
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Self
@@ -51,9 +51,11 @@ class CudaToCpu(TorchFunctionMode):
         args: tuple[Any, ...] = (),
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
-        """Rewrite ``device=`` and the answer of ``Tensor.type()``; pass everything else through."""
+        """Rewrite ``device=``, ``pin_memory=`` and the answer of ``Tensor.type()``; pass everything else through."""
         kwargs = dict(kwargs or {})
         device = kwargs.get("device")
+        if kwargs.get("pin_memory"):
+            kwargs["pin_memory"] = False
         if isinstance(device, int) or (device is not None and str(device).startswith("cuda")):
             kwargs["device"] = torch.device("cpu")
         result = func(*args, **kwargs)
@@ -64,9 +66,9 @@ class CudaToCpu(TorchFunctionMode):
 
 @dataclass(frozen=True)
 class Redirect:
-    """One replaced attribute: where it is, what replaces it, and why."""
+    """One replaced attribute of a module or class: where it is, what replaces it, and why."""
 
-    module: str
+    owner: str
     attribute: str
     replacement: Any
     reason: str
@@ -74,7 +76,7 @@ class Redirect:
     @property
     def target(self) -> str:
         """Dotted name of what is replaced."""
-        return f"{self.module}.{self.attribute}"
+        return f"{self.owner}.{self.attribute}"
 
 
 def _cpu_rng_state(*_args: object, **_kwargs: object) -> torch.Tensor:
@@ -89,10 +91,30 @@ def _same_tensor(tensor: torch.Tensor, *_args: object, **_kwargs: object) -> tor
     return tensor
 
 
+def _rms_norm(config: Any, hidden_size: int, eps: float = 1e-5, **_kwargs: object) -> torch.nn.RMSNorm:
+    """Build Megatron's norm on the CPU.
+
+    Under sequence parallelism each tensor-parallel rank sees a part of the tokens: the mark makes Megatron sum the
+    parts of the weight's gradient, as it does for Transformer Engine's norms.
+    """
+    assert config.normalization == "RMSNorm", config.normalization
+    norm = torch.nn.RMSNorm(hidden_size, eps=eps)
+    norm.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
+    return norm
+
+
+def _core_attention(_provider: object) -> type:
+    from minitron.compat.cpu_attention import ContextParallelAttention  # needs Megatron, which the launcher does not
+
+    return ContextParallelAttention
+
+
 def redirects() -> tuple[Redirect, ...]:
     """Everything the layer replaces (besides the tensor factories, see `CudaToCpu`)."""
     stream = NullStream()
     rng = "megatron.core.tensor_parallel.random"
+    local = "megatron.core.models.backends.LocalSpecProvider"
+    block = "megatron.core.transformer.transformer_block"
     return (
         Redirect("torch.cuda", "current_device", lambda: torch.device("cpu"), "device of buffers"),
         Redirect("torch.cuda", "synchronize", lambda *_a, **_k: None, "called around pipeline sends"),
@@ -106,6 +128,9 @@ def redirects() -> tuple[Redirect, ...]:
         Redirect(rng, "_get_cuda_rng_state", _cpu_rng_state, "states of the RNG tracker"),
         Redirect(rng, "_set_cuda_rng_state", _set_cpu_rng_state, "states of the RNG tracker"),
         Redirect("torch.Tensor", "cuda", _same_tensor, "copies of small host tensors"),
+        Redirect(local, "layer_norm", lambda *_a, **_k: _rms_norm, "the local norm refuses sequence parallelism"),
+        Redirect(local, "core_attention", _core_attention, "the local attention refuses context parallelism"),
+        Redirect(block, "LayerNormImpl", _rms_norm, "the final norm: the same, and may be Transformer Engine's"),
     )
 
 
@@ -139,7 +164,7 @@ class CpuLayer:
                 "or hide the GPUs with CUDA_VISIBLE_DEVICES= to run on the CPU"
             )
         for redirect in redirects():
-            owner = _resolve(redirect.module)
+            owner = pkgutil.resolve_name(redirect.owner)
             self._saved.append((owner, redirect.attribute, vars(owner).get(redirect.attribute, _INHERITED)))
             setattr(owner, redirect.attribute, redirect.replacement)
         self._mode = CudaToCpu()
@@ -176,13 +201,4 @@ CPU_LAYER = CpuLayer()
 def describe() -> list[str]:
     """One line per redirect, for logs and ``minitron --version``."""
     lines = [f"{redirect.target}: {redirect.reason}" for redirect in redirects()]
-    return [*lines, 'tensor factories with device="cuda": scratch tensors of schedules and optimizer']
-
-
-def _resolve(dotted: str) -> object:
-    """A module, or a class inside one."""
-    try:
-        return importlib.import_module(dotted)
-    except ModuleNotFoundError:
-        module, _, name = dotted.rpartition(".")
-        return getattr(importlib.import_module(module), name)
+    return [*lines, 'tensor factories with device="cuda" or pinned memory: scratch tensors of schedules and optimizer']

@@ -33,6 +33,8 @@ class ParallelConfig:
     """Ranks that share every layer (heads, ffn neurons and vocabulary are split)."""
     pipeline_model_parallel_size: int = 1
     """Stages that the layers are dealt over."""
+    context_parallel_size: int = 1
+    """Ranks that share every sequence; each holds two chunks of it. Scoring takes them as further copies."""
     data_parallel_size: int = 1
     """Copies of the model, each reading its own part of the global batch."""
     sequence_parallel: bool = False
@@ -58,6 +60,7 @@ class ParallelConfig:
         for name in (
             "tensor_model_parallel_size",
             "pipeline_model_parallel_size",
+            "context_parallel_size",
             "data_parallel_size",
         ):
             if getattr(self, name) < 1:
@@ -129,13 +132,15 @@ class ParallelConfig:
     @property
     def num_ranks(self) -> int:
         """Processes that the layout needs."""
-        return self.tensor_model_parallel_size * self.pipeline_model_parallel_size * self.data_parallel_size
+        model = self.tensor_model_parallel_size * self.pipeline_model_parallel_size
+        return model * self.context_parallel_size * self.data_parallel_size
 
     def arithmetic(self) -> str:
         """The product written out, for messages."""
+        context = f"x context {self.context_parallel_size} " if self.context_parallel_size > 1 else ""
         return (
             f"tensor {self.tensor_model_parallel_size} x pipeline {self.pipeline_model_parallel_size} "
-            f"x data {self.data_parallel_size} = {self.num_ranks}"
+            f"{context}x data {self.data_parallel_size} = {self.num_ranks}"
         )
 
 

@@ -1,6 +1,7 @@
 """Rules that span several sections of a run. Each raises one error that says what to change."""
 
 from minitron.config.line import check_chain
+from minitron.config.parallel import ParallelConfig
 from minitron.config.run import RunConfig, SourceKind
 from minitron.config.train import check_train
 from minitron.config.trainings import in_step, settings_of
@@ -34,11 +35,23 @@ def validate(run: RunConfig) -> None:
         raise ConfigError(
             f"eval.num_tokens={run.eval.num_tokens} is less than one sequence of data.seq_length={seq_length} tokens"
         )
-    if run.parallel.sequence_parallel and seq_length % run.parallel.tensor_model_parallel_size:
+    _check_split_sequence(seq_length, run.parallel)
+
+
+def _check_split_sequence(seq_length: int, parallel: ParallelConfig) -> None:
+    """The tokens of a sequence divide over the ranks that share it."""
+    tp, cp = parallel.tensor_model_parallel_size, parallel.context_parallel_size
+    if cp > 1 and seq_length % (2 * cp):
         raise ConfigError(
-            f"data.seq_length={seq_length} does not divide over "
-            f"parallel.tensor_model_parallel_size={run.parallel.tensor_model_parallel_size}, "
-            "which parallel.sequence_parallel=true needs"
+            f"data.seq_length={seq_length} is not a multiple of 2 x parallel.context_parallel_size={cp}: each rank "
+            f"holds two chunks of every sequence; use a multiple of {2 * cp}"
+        )
+    if parallel.sequence_parallel and seq_length % (cp * tp):
+        over = f"parallel.tensor_model_parallel_size={tp}"
+        if cp > 1:
+            over = f"parallel.context_parallel_size={cp} x {over}"
+        raise ConfigError(
+            f"data.seq_length={seq_length} does not divide over {over}, which parallel.sequence_parallel=true needs"
         )
 
 

@@ -8,6 +8,7 @@ and its loss reads the signal. Both models' logits exist only chunk by chunk, in
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from minitron.config.distill import DistillConfig, Mixing
@@ -54,10 +55,17 @@ class Distillation:
             plain = CrossEntropy(self.vocab_size, self.groups, self.sequence_parallel).loss(state, batch, None)
             weight: float | Tensor = mix.weight
             if mix.mixing is Mixing.scaled:
-                weight = weight * total.detach() / plain.total.detach()
+                weight = weight * self._whole(total) / self._whole(plain.total)
             total = total + weight * plain.total
             terms |= plain.terms
         return Loss(total, terms)
+
+    def _whole(self, loss: Tensor) -> Tensor:
+        """A micro-batch's loss over all of its tokens, detached: context-parallel ranks have a share each."""
+        whole = loss.detach().clone()
+        if self.groups.cp.size() > 1:
+            torch.distributed.all_reduce(whole, group=self.groups.cp)
+        return whole
 
     def _logit_loss(self, state: FinalState, batch: Batch, signal: Signal) -> Tensor:
         assert signal.final is not None, "the last stage has a final state"

@@ -9,6 +9,7 @@ from torch import Tensor
 from minitron.data.batch import Batch
 from minitron.data.loader import heldout_batches
 from minitron.models.gpt import Chunks, FinalState
+from minitron.parallel.context import whole_sequence
 from minitron.parallel.groups import Groups
 from minitron.train.heldout import forward_only
 
@@ -19,7 +20,6 @@ def model_logits(
     groups: Groups,
     *,
     vocab_size: int,
-    sequence_parallel: bool = False,
     last_only: bool = False,
 ) -> Tensor:
     """Logits of every position, on every rank. Materialises them: for a few tokens only.
@@ -29,26 +29,29 @@ def model_logits(
         tokens_BS: Token ids [B, S], the same on every rank.
         groups: This rank's process groups.
         vocab_size: True size of the vocabulary; padding columns are cut off.
-        sequence_parallel: Whether hidden states are split along the sequence.
         last_only: Only the last position.
 
     Returns:
         fp32 logits [B, S, V], or [B, 1, V].
     """
     size, length = tokens_BS.shape
+    sequence_parallel = gpt.config.sequence_parallel
+    # A split sequence must divide; no position sees what comes after it, so what fills it up changes nothing.
+    parts = (groups.tp.size() if sequence_parallel else 1) * (2 * groups.cp.size() if groups.cp.size() > 1 else 1)
+    tokens_BS = torch.cat([tokens_BS, tokens_BS.new_zeros(size, -length % parts)], dim=1)
     batch = Batch(
         tokens_BS=tokens_BS,
         labels_BS=tokens_BS,
-        position_ids_BS=torch.arange(length, device=tokens_BS.device).repeat(size, 1),
-        loss_mask_BS=torch.ones(size, length, device=tokens_BS.device),
-    )
+        position_ids_BS=torch.arange(tokens_BS.shape[1], device=tokens_BS.device).repeat(size, 1),
+        loss_mask_BS=torch.ones(tokens_BS.shape, device=tokens_BS.device),
+    ).on_rank(groups, tokens_BS.device)
 
     def logits_of(state: FinalState, _batch: Batch) -> Tensor:
         hidden_SBH = state.hidden_SBH
         if sequence_parallel:
             hidden_SBH = gather_from_sequence_parallel_region(hidden_SBH, group=groups.tp)
-        if last_only:
-            hidden_SBH = hidden_SBH[-1:]
+        hidden_SBH = whole_sequence(hidden_SBH, groups.cp)
+        hidden_SBH = hidden_SBH[length - 1 : length] if last_only else hidden_SBH[:length]
         return (hidden_SBH @ state.weight_vH.t()).float().transpose(0, 1).contiguous()
 
     collected = forward_only(gpt, [batch], logits_of)

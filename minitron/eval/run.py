@@ -51,7 +51,8 @@ def evaluate(session: Session, *, name: str, model: Path, data: Path, out: Path)
     with session.progress(name) as progress:
         done = 0
         for part in groups_of(batches, groups):
-            parts.append(heldout_loss(gpt, [batch.to(session.torch_device) for batch in part], cross_entropy, groups))
+            here = [batch.on_rank(groups, session.torch_device) for batch in part]
+            parts.append(heldout_loss(gpt, here, cross_entropy, groups))
             done += len(part)
             progress.update(done, len(batches), loss=parts[-1].loss)
     num_tokens = sum(part.num_tokens for part in parts)

@@ -11,6 +11,7 @@ from megatron.core.models.gpt.gpt_layer_specs import (
     get_gpt_layer_with_transformer_engine_spec,
 )
 from megatron.core.models.gpt.gpt_model import GPTModel
+from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
@@ -53,6 +54,12 @@ class Chunks(torch.nn.ModuleList):
         """Megatron's description of the model, shared by the chunks."""
         config: TransformerConfig = self[0].config
         return config
+
+    @property
+    def collection(self) -> ProcessGroupCollection:
+        """The process groups that the model is built on."""
+        collection: ProcessGroupCollection = self[0].pg_collection
+        return collection
 
 
 def build_gpt(

@@ -25,7 +25,9 @@ def loss_inputs(hidden_SBH: Tensor, batch: Batch, groups: Groups, *, sequence_pa
 
     Returns:
         Hidden state [T, H] with T = S x B, and token weights [T] that sum to 1 over the
-        micro-batch's unmasked tokens (all zero where every sequence only fills up the batch).
+        micro-batch's unmasked tokens (all zero where every sequence only fills up the batch). Under
+        context parallelism they sum to 1 over the ranks that share the sequences: each rank's loss is
+        its share of the mean, and Megatron's schedule and gradient averaging expect that.
     """
     if sequence_parallel:
         hidden_SBH = gather_from_sequence_parallel_region(hidden_SBH, tensor_parallel_output_grad=True, group=groups.tp)
@@ -33,5 +35,5 @@ def loss_inputs(hidden_SBH: Tensor, batch: Batch, groups: Groups, *, sequence_pa
         hidden_SBH = copy_to_tensor_model_parallel_region(hidden_SBH, group=groups.tp)
     sequence, size, width = hidden_SBH.shape
     mask_SB = batch.loss_mask_BS.transpose(0, 1)
-    weights_T = (mask_SB / mask_SB.sum().clamp_min(1.0)).reshape(-1)
+    weights_T = (mask_SB / batch.num_loss_tokens.clamp_min(1.0)).reshape(-1)
     return hidden_SBH.reshape(sequence * size, width), weights_T

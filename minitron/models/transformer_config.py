@@ -63,6 +63,7 @@ def transformer_config(
         bf16=precision.dtype is Dtype.bf16,
         tensor_model_parallel_size=parallel.tensor_model_parallel_size,
         pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
+        context_parallel_size=parallel.context_parallel_size,
         sequence_parallel=parallel.sequence_parallel,
         virtual_pipeline_model_parallel_size=parallel.num_chunks if interleaved else None,
         num_layers_in_first_pipeline_stage=stages[0] if uneven else None,

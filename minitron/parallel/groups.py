@@ -1,8 +1,9 @@
 """Process groups of the parallel axes: the only reader of Megatron's global `parallel_state`."""
 
 import contextlib
+import copy
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from megatron.core import parallel_state
@@ -18,18 +19,22 @@ class Groups:
     """This rank's process groups and its place in each.
 
     Attributes:
-        tp, pp, dp: Groups along the tensor, pipeline and data axes.
+        tp, pp, cp, dp: Groups along the tensor, pipeline, context and data axes.
+        dp_cp: Data x context: all ranks that hold the same part of the model.
         mp: Tensor x pipeline: all ranks that hold one copy of the model.
-        tp_rank, pp_rank, dp_rank: Place along each axis.
+        tp_rank, pp_rank, cp_rank, dp_rank: Place along each axis.
         collection: The same, in the form Megatron's constructors take.
     """
 
     tp: ProcessGroup
     pp: ProcessGroup
+    cp: ProcessGroup
     dp: ProcessGroup
+    dp_cp: ProcessGroup
     mp: ProcessGroup
     tp_rank: int
     pp_rank: int
+    cp_rank: int
     dp_rank: int
     collection: ProcessGroupCollection
 
@@ -48,6 +53,18 @@ class Groups:
         """Global rank of the last stage in this rank's pipeline."""
         ranks: list[int] = torch.distributed.get_process_group_ranks(self.pp)
         return ranks[-1]
+
+    def context_as_data(self) -> "Groups":
+        """The same ranks, the context-parallel ones as further data-parallel ones: each sees whole sequences.
+
+        Called by all ranks together.
+        """
+        if self.cp.size() == 1:
+            return self
+        alone = torch.distributed.new_group([self.world_rank], use_local_synchronization=True)
+        collection = copy.copy(self.collection)
+        collection.cp, collection.dp = alone, self.dp_cp
+        return replace(self, cp=alone, dp=self.dp_cp, cp_rank=0, dp_rank=self.dp_cp.rank(), collection=collection)
 
     @property
     def world_rank(self) -> int:
@@ -71,16 +88,20 @@ def model_parallel(parallel: ParallelConfig, *, seed: int) -> Iterator[Groups]:
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=parallel.tensor_model_parallel_size,
         pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
+        context_parallel_size=parallel.context_parallel_size,
     )
     model_parallel_cuda_manual_seed(seed, force_reset_rng=True)
     try:
         yield Groups(
             tp=parallel_state.get_tensor_model_parallel_group(),
             pp=parallel_state.get_pipeline_model_parallel_group(),
+            cp=parallel_state.get_context_parallel_group(),
             dp=parallel_state.get_data_parallel_group(),
+            dp_cp=parallel_state.get_data_parallel_group(with_context_parallel=True),
             mp=parallel_state.get_model_parallel_group(),
             tp_rank=parallel_state.get_tensor_model_parallel_rank(),
             pp_rank=parallel_state.get_pipeline_model_parallel_rank(),
+            cp_rank=parallel_state.get_context_parallel_rank(),
             dp_rank=parallel_state.get_data_parallel_rank(),
             collection=ProcessGroupCollection.use_mpu_process_groups(),
         )

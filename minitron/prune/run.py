@@ -25,6 +25,7 @@ def score(session: Session, *, model: Path, source_id: str, data: Path, out: Pat
         data: The data folder; calibration sequences come from its training split.
         out: The stage's working folder.
     """
+    session = session.context_as_data()  # hooks see whole sequences
     config, groups = session.config, session.groups
     gpt, architecture = load_gpt(model, session, local_spec=True)
     batches = calibration_batches(

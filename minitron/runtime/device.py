@@ -16,23 +16,17 @@ COLLECTIVE_TIMEOUT = datetime.timedelta(hours=2)
 """Longer than any stage that one rank does alone while the others wait (tokenizing, export)."""
 
 
-def resolve_device(device: Device, parallel: ParallelConfig) -> Device:
-    """Turn ``auto`` into what is there, and refuse a layout that the device cannot run.
+def resolve_device(device: Device) -> Device:
+    """Turn ``auto`` into what is there.
 
     Raises:
         PlatformError: CUDA was asked for and is not available.
-        LayoutError: Sequence parallelism on the CPU, whose Megatron norms do not know it.
     """
     has_cuda = torch.cuda.is_available()
     if device is Device.cuda and not has_cuda:
         raise PlatformError(f"device=cuda, but torch {torch.__version__} sees no CUDA device; set device=cpu or auto")
     if device is Device.auto:
         device = Device.cuda if has_cuda else Device.cpu
-    if device is Device.cpu and parallel.sequence_parallel:
-        raise LayoutError(
-            "parallel.sequence_parallel=true needs Transformer Engine's norms, which need a GPU, and the device is "
-            "the CPU; set parallel.sequence_parallel=false"
-        )
     return device
 
 

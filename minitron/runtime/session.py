@@ -1,6 +1,7 @@
 """What every stage gets: the configuration, this rank's place, and where to write."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Self
 
 import torch
 from rich.console import Console
@@ -40,6 +41,16 @@ class Session:
         if self.device is Device.cpu:
             return torch.device("cpu")
         return torch.device("cuda", torch.cuda.current_device())
+
+    def context_as_data(self) -> Self:
+        """The session with the context-parallel ranks as data-parallel ones, for a stage that needs whole sequences.
+
+        Called by all ranks together.
+        """
+        parallel = self.config.parallel
+        size = parallel.data_parallel_size * parallel.context_parallel_size
+        parallel = replace(parallel, context_parallel_size=1, data_parallel_size=size)
+        return replace(self, config=replace(self.config, parallel=parallel), groups=self.groups.context_as_data())
 
     def progress(self, stage: str) -> StageProgress:
         """The bar of a stage, silent on every rank but 0."""

@@ -7,6 +7,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
 from megatron.core.pipeline_parallel.schedules import get_forward_backward_func
 from torch import Tensor
 
@@ -53,8 +54,9 @@ def forward_only(
 
     Args:
         gpt: The model.
-        microbatches: This data-parallel rank's micro-batches, all of one shape. An interleaved schedule takes a
-            multiple of the pipeline's stages: the last one is repeated up to there, and the results are dropped.
+        microbatches: This data-parallel rank's micro-batches, all of one shape; cut for context parallelism. An
+            interleaved schedule takes a multiple of the pipeline's stages: the last one is repeated up to there, and
+            the results are dropped.
         collect: Called on the last stage with the final state of each micro-batch.
 
     Returns:
@@ -65,16 +67,20 @@ def forward_only(
     if len(gpt) > 1:
         work = [*microbatches, *[microbatches[-1]] * (-len(microbatches) % stages)]
     schedule = get_forward_backward_func(pp_size=stages, vp_size=gpt.config.virtual_pipeline_model_parallel_size)
+    # The model's own groups: it may be built without the context parallelism of the job.
+    collection = gpt.collection
     with torch.no_grad():
         results: list[Any] = schedule(
             forward_step_func=partial(_forward_step, collect),
             data_iterator=[iter(work) for _ in gpt],
             model=list(gpt),
             num_microbatches=len(work),
-            seq_length=batch.tokens_BS.shape[1],
+            seq_length=batch.seq_length,
             micro_batch_size=batch.tokens_BS.shape[0],
             forward_only=True,
             collect_non_loss_data=True,
+            pg_collection=collection,
+            p2p_communicator=P2PCommunicator(collection.pp, gpt.config),
         )
     return results[: len(microbatches)]
 
@@ -98,7 +104,7 @@ def heldout_loss(
 
     Args:
         gpt: The model; put in evaluation mode and back.
-        microbatches: This data-parallel rank's part of the held-out text.
+        microbatches: This data-parallel rank's part of the held-out text; cut for context parallelism.
         objective: Knows the vocabulary and the groups.
         groups: This rank's process groups.
     """
@@ -114,15 +120,14 @@ def heldout_loss(
 
 def _weighted_loss(objective: CrossEntropy, state: FinalState, batch: Batch) -> Tensor:
     """Summed loss and number of tokens of one micro-batch, in fp64."""
-    num_tokens = batch.loss_mask_BS.sum().double()
     mean = objective.loss(state, batch, None).total.double()
-    return torch.stack([mean * num_tokens, num_tokens])
+    return torch.stack([mean * batch.num_loss_tokens, batch.loss_mask_BS.sum().double()])
 
 
 def _reduce(total: Tensor, groups: Groups, like: Tensor) -> HeldoutLoss:
     total = total.to(like.device)
     if groups.is_last_stage:
-        torch.distributed.all_reduce(total, group=groups.dp)
+        torch.distributed.all_reduce(total, group=groups.dp_cp)
     torch.distributed.broadcast(total, src=groups.last_stage_source, group=groups.pp)
     summed, count = total.tolist()
     return HeldoutLoss(loss=summed / max(count, 1.0), num_tokens=int(count))

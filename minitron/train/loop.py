@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from minitron.config.train import TrainConfig
 from minitron.data.loader import TrainBatches
@@ -16,7 +17,7 @@ from minitron.train.heldout import HeldoutLoss
 from minitron.train.objective import Objective
 from minitron.train.optim import Trainable
 from minitron.train.state import load_state, save_state
-from minitron.train.step import StepOutput, train_step
+from minitron.train.step import train_step
 
 
 @dataclass(frozen=True)
@@ -70,7 +71,7 @@ def train(job: TrainJob) -> dict[str, float]:
         output = train_step(
             job.trainable,
             job.objective,
-            [batch.to(job.device) for batch in job.batches.microbatches(step)],
+            [batch.on_rank(job.groups, job.device) for batch in job.batches.microbatches(step)],
             group_size=job.group_size,
             clip_grad=settings.clip_grad,
         )
@@ -78,7 +79,7 @@ def train(job: TrainJob) -> dict[str, float]:
         last = step == num_steps
         validates = last or _every(settings.eval_interval_steps, step)
         if last or validates or _every(settings.log_interval_steps, step):
-            values = _logged(output, job)
+            values = {**mean_terms(output.terms, job.groups), "grad_norm": output.grad_norm}
             now = time.monotonic()
             speed = (step - clock_step) * settings.tokens_per_step(job.seq_length) / (now - clock)
             if validates:
@@ -100,16 +101,22 @@ def _every(interval: int, step: int) -> bool:
     return interval > 0 and step % interval == 0
 
 
-def _logged(output: StepOutput, job: TrainJob) -> dict[str, float]:
-    """The step's terms, averaged over data-parallel ranks and known on every rank."""
+def mean_terms(terms: dict[str, Tensor], groups: Groups) -> dict[str, float]:
+    """A step's loss and its parts, over all ranks and known on every rank.
+
+    Args:
+        terms: This rank's (see `StepOutput`): averaged over data-parallel ranks; the shares of context-parallel
+            ranks add up.
+        groups: This rank's process groups.
+    """
     shared: list[object] = [None]
-    if job.groups.is_last_stage:
-        names = sorted(output.terms)
-        values = torch.stack([output.terms[name].double() for name in names])
-        torch.distributed.all_reduce(values, group=job.groups.dp)
-        values /= job.groups.dp.size()
+    if groups.is_last_stage:
+        names = sorted(terms)
+        values = torch.stack([terms[name].double() for name in names])
+        torch.distributed.all_reduce(values, group=groups.dp_cp)
+        values /= groups.dp.size()
         shared = [dict(zip(names, values.tolist(), strict=True))]
-    torch.distributed.broadcast_object_list(shared, src=job.groups.last_stage_source, group=job.groups.pp)
-    terms = shared[0]
-    assert isinstance(terms, dict)
-    return {**terms, "grad_norm": output.grad_norm}
+    torch.distributed.broadcast_object_list(shared, src=groups.last_stage_source, group=groups.pp)
+    means = shared[0]
+    assert isinstance(means, dict)
+    return means

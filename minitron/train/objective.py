@@ -15,7 +15,7 @@ from minitron.parallel.groups import Groups
 
 @dataclass(frozen=True)
 class Loss:
-    """The loss of one micro-batch.
+    """The loss of one micro-batch; under context parallelism this rank's share of it.
 
     Attributes:
         total: Scalar to differentiate, in nats per token.

@@ -81,7 +81,7 @@ def train_to_folder(
                 objective=objective,
                 batches=batches,
                 validate=lambda: heldout_loss(
-                    gpt, [batch.to(session.torch_device) for batch in heldout], cross_entropy, groups
+                    gpt, [batch.on_rank(groups, session.torch_device) for batch in heldout], cross_entropy, groups
                 ),
                 train=settings,
                 seq_length=seq_length,

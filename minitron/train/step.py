@@ -27,7 +27,8 @@ class StepOutput:
     """What one step leaves behind.
 
     Attributes:
-        terms: Loss and its parts, the mean over this rank's micro-batches; empty off the last stage.
+        terms: Loss and its parts, the mean over this rank's micro-batches (under context parallelism its share of
+            that mean: the ranks' shares add up); empty off the last stage.
         grad_norm: Global gradient norm before clipping.
     """
 
@@ -109,7 +110,7 @@ def _run_schedule(
         data_iterator=[iter(work) for _ in trainable.ddp],
         model=trainable.ddp,
         num_microbatches=len(work),
-        seq_length=batch.tokens_BS.shape[1],
+        seq_length=batch.seq_length,
         micro_batch_size=batch.tokens_BS.shape[0],
         forward_only=False,
     )

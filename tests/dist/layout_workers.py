@@ -8,8 +8,8 @@ from typing import Any
 from unittest import mock
 
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
-
-from tests.dist.workers import Step, Work, distill, distillation, in_layout, microbatches, shared_loss
+from minitron.train.loop import mean_terms
+from tests.dist.workers import Step, Work, distill, distillation, in_layout, microbatches
 
 from minitron.train import optim
 from minitron.train.optim import Trainable
@@ -56,7 +56,7 @@ def _distill(work: Work, counts: Counter[str] | None) -> list[Step]:
             if counts is not None and number == len(work.tokens_NGT):
                 _count(trainable, counts)
             output = train_step(trainable, objective, microbatches(tokens_GT, groups), group_size=work.group_size)
-            steps.append(Step(shared_loss(output.terms, groups), output.grad_norm))
+            steps.append(Step(mean_terms(output.terms, groups)["loss"], output.grad_norm))
         return steps
 
 

@@ -44,11 +44,15 @@ def random_tokens(*shape: int, seed: int = 1, vocab_size: int = VOCAB_SIZE) -> T
     return torch.randint(vocab_size, shape, generator=torch.Generator().manual_seed(seed))
 
 
-def layout(tp: int = 1, pp: int = 1, dp: int = 1, vp: int | None = None) -> ParallelConfig:
+def layout(
+    tp: int = 1, pp: int = 1, dp: int = 1, vp: int | None = None, *, cp: int = 1, sp: bool = False
+) -> ParallelConfig:
     return ParallelConfig(
         tensor_model_parallel_size=tp,
         pipeline_model_parallel_size=pp,
+        context_parallel_size=cp,
         data_parallel_size=dp,
+        sequence_parallel=sp,
         virtual_pipeline_model_parallel_size=vp,
     )
 

@@ -13,20 +13,22 @@ from tests.helpers.pool import WorkerPool
 TOKENS_NGT = random_tokens(6, 4, 17, seed=2)
 
 
-def work(teacher: Path, student: Path, *axes: int) -> workers.Work:
+def work(teacher: Path, student: Path, *axes: int, cp: int = 1) -> workers.Work:
     return workers.Work(
         teacher=teacher / "checkpoint",
         student=student / "checkpoint",
-        parallel=layout(*axes),
+        parallel=layout(*axes, cp=cp),
         tokens_NGT=TOKENS_NGT,
     )
 
 
-@pytest.mark.parametrize("axes", [(1, 1, 2), (1, 2, 1), (2, 1, 2)])
+@pytest.mark.parametrize(
+    ("axes", "cp"), [((1, 1, 2), 1), ((1, 2, 1), 1), ((2, 1, 2), 1), ((1, 1, 1), 2), ((1, 2, 1), 2), ((1, 1, 2), 2)]
+)
 def test_same_steps_as_the_unbroken_run(
-    pool: WorkerPool, teacher: Path, student: Path, tmp_path: Path, axes: tuple[int, int, int]
+    pool: WorkerPool, teacher: Path, student: Path, tmp_path: Path, axes: tuple[int, int, int], cp: int
 ) -> None:
-    job, ranks = work(teacher, student, *axes), math.prod(axes)
+    job, ranks = work(teacher, student, *axes, cp=cp), math.prod(axes) * cp
     unbroken = pool.run(workers.distill, ranks, job)[0]
     assert len({step.loss for step in unbroken}) == 6
     first = pool.run(workers.distill, ranks, job, stop=3, states=tmp_path, save=True)[0]
@@ -36,18 +38,21 @@ def test_same_steps_as_the_unbroken_run(
     assert second == unbroken[3:]
 
 
-@pytest.mark.parametrize(("before", "after"), [((1, 1, 2), (1, 1, 1)), ((1, 2, 1), (2, 1, 1))])
+@pytest.mark.parametrize(
+    ("before", "cp", "after"), [((1, 1, 2), 1, (1, 1, 1)), ((1, 2, 1), 1, (2, 1, 1)), ((1, 2, 1), 2, (1, 1, 2))]
+)
 def test_another_layout_goes_on_with_the_state(
     pool: WorkerPool,
     teacher: Path,
     student: Path,
     tmp_path: Path,
     before: tuple[int, int, int],
+    cp: int,
     after: tuple[int, int, int],
 ) -> None:
     unbroken = pool.run(workers.distill, 1, work(teacher, student))[0]
-    saving, going_on = work(teacher, student, *before), work(teacher, student, *after)
-    pool.run(workers.distill, math.prod(before), saving, stop=3, states=tmp_path, save=True)
+    saving, going_on = work(teacher, student, *before, cp=cp), work(teacher, student, *after)
+    pool.run(workers.distill, math.prod(before) * cp, saving, stop=3, states=tmp_path, save=True)
     for steps in pool.run(workers.distill, math.prod(after), going_on, states=tmp_path):
         for have, want in zip(steps, unbroken[3:], strict=True):
             assert have.loss == pytest.approx(want.loss, rel=1e-5)

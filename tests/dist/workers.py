@@ -26,7 +26,8 @@ from minitron.eval.logits import model_logits
 from minitron.models.gpt import Chunks, build_gpt
 from minitron.parallel.groups import Groups, model_parallel
 from minitron.train.heldout import HeldoutLoss, heldout_loss
-from minitron.train.objective import CrossEntropy
+from minitron.train.loop import mean_terms
+from minitron.train.objective import CrossEntropy, Objective
 from minitron.train.optim import Trainable, make_trainable
 from minitron.train.state import load_state, save_state
 from minitron.train.step import accumulate_gradients, train_step
@@ -39,6 +40,7 @@ class Work:
     Attributes:
         tokens_NGT: Token ids of N steps of G sequences; T is one more than the sequence length.
         group_size: Micro-batches whose teacher states are held at once.
+        cross_entropy: Train on the tokens themselves instead.
     """
 
     teacher: Path
@@ -46,6 +48,7 @@ class Work:
     parallel: ParallelConfig
     tokens_NGT: Tensor
     group_size: int = 0
+    cross_entropy: bool = False
 
 
 @dataclass(frozen=True)
@@ -69,13 +72,13 @@ def distill(work: Work, *, stop: int = 0, states: Path | None = None, save: bool
     """Distill from the newest state up to step ``stop`` (0: to the end)."""
     stop = stop or len(work.tokens_NGT)
     with in_layout(work.parallel) as groups:
-        trainable, objective = distillation(work, groups)
+        trainable, objective = _training(work, groups)
         step = 0 if states is None else load_state(trainable, states)
         steps = []
         for tokens_GT in work.tokens_NGT[step:stop]:
             batches = microbatches(tokens_GT, groups)
             output = train_step(trainable, objective, batches, group_size=work.group_size)
-            steps.append(Step(shared_loss(output.terms, groups), output.grad_norm))
+            steps.append(Step(mean_terms(output.terms, groups)["loss"], output.grad_norm))
         if save:
             assert states is not None
             _queue_in_process()
@@ -94,7 +97,7 @@ def first_gradients(work: Work, out: Path) -> FirstGradients:
         terms = accumulate_gradients(trainable, objective, batches, group_size=work.group_size)
         _gather_gradients(trainable, groups)
         trainable.optimizer.prepare_grads()
-        step = Step(shared_loss(terms, groups), float(trainable.optimizer.get_grad_norm()))
+        step = Step(mean_terms(terms, groups)["loss"], float(trainable.optimizer.get_grad_norm()))
         with torch.no_grad():
             for parameter in trainable.gpt.parameters():
                 parameter.copy_(parameter.main_grad)  # type: ignore[attr-defined]
@@ -124,7 +127,7 @@ def heldout(folder: Path, parallel: ParallelConfig, tokens_BT: Tensor, *, micro_
     """Held-out loss of a checkpoint folder; sequences of weight 0 fill up the last micro-batches."""
     with in_layout(parallel) as groups:
         gpt = _load(folder, parallel, groups)
-        objective = CrossEntropy(read_model_config(folder).vocab_size, groups, sequence_parallel=False)
+        objective = CrossEntropy(read_model_config(folder).vocab_size, groups, parallel.sequence_parallel)
         batches = microbatches(tokens_BT, groups, size=micro_batch_size)
         return heldout_loss(gpt, batches, objective, groups)
 
@@ -144,6 +147,7 @@ def microbatches(tokens_GT: Tensor, groups: Groups, *, size: int = 1) -> list[Ba
             position_ids_BS=torch.arange(length).repeat(size, 1),
             loss_mask_BS=mask_G[first : first + size, None].expand(-1, length).contiguous(),
         )
+        .on_rank(groups, torch.device("cpu"))
         for first in range(groups.dp_rank * size, len(tokens_GT), size * ranks)
     ]
 
@@ -168,6 +172,13 @@ def _load(folder: Path, parallel: ParallelConfig, groups: Groups) -> Chunks:
     return gpt
 
 
+def _training(work: Work, groups: Groups) -> tuple[Trainable, Objective]:
+    trainable, objective = distillation(work, groups)
+    if not work.cross_entropy:
+        return trainable, objective
+    return trainable, CrossEntropy(objective.vocab_size, groups, work.parallel.sequence_parallel)
+
+
 def distillation(work: Work, groups: Groups) -> tuple[Trainable, Distillation]:
     teacher = OnlineTeacher(freeze(_load(work.teacher, work.parallel.for_teacher(4), groups)))
     num_steps, size, length = work.tokens_NGT.shape
@@ -181,22 +192,11 @@ def distillation(work: Work, groups: Groups) -> tuple[Trainable, Distillation]:
     student = _load(work.student, work.parallel, groups)
     trainable = make_trainable(student, train, work.parallel, groups, seq_length=length - 1)
     vocab_size = read_model_config(work.student).vocab_size
-    return trainable, Distillation(teacher, vocab_size, groups, False, DistillConfig())
-
-
-def shared_loss(terms: dict[str, Tensor], groups: Groups) -> float:
-    """The loss, averaged over data-parallel ranks and known on every rank."""
-    loss = torch.zeros((), dtype=torch.float64)
-    if groups.is_last_stage:
-        loss += terms["loss"].double()
-        dist.all_reduce(loss, group=groups.dp)
-        loss /= groups.dp.size()
-    dist.broadcast(loss, src=groups.last_stage_source, group=groups.pp)
-    return float(loss)
+    return trainable, Distillation(teacher, vocab_size, groups, work.parallel.sequence_parallel, DistillConfig())
 
 
 def _gather_gradients(trainable: Trainable, groups: Groups) -> None:
     """Undo the distributed optimizer's scatter: every data-parallel rank gets the whole gradient."""
     for bucket in (bucket for ddp in trainable.ddp for buffer in ddp.buffers for bucket in buffer.buckets):
-        shard = bucket.grad_data.view(groups.dp.size(), -1)[groups.dp_rank].clone()
-        dist.all_gather_into_tensor(bucket.grad_data, shard, group=groups.dp)
+        shard = bucket.grad_data.view(groups.dp_cp.size(), -1)[groups.dp_cp.rank()].clone()
+        dist.all_gather_into_tensor(bucket.grad_data, shard, group=groups.dp_cp)

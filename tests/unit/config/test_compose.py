@@ -124,6 +124,7 @@ def test_wrong_override_is_one_line(override: str, parts: list[str]) -> None:
     ("overrides", "part"),
     [
         (["parallel.tensor_model_parallel_size=0"], "parallel.tensor_model_parallel_size=0 must be at least 1"),
+        (["parallel.context_parallel_size=0"], "parallel.context_parallel_size=0 must be at least 1"),
         (["parallel.sequence_parallel=true"], "needs parallel.tensor_model_parallel_size > 1 (it is 1)"),
         (
             ["distill.train.micro_batch_size=3"],
@@ -179,6 +180,24 @@ def test_sequence_parallel_needs_a_sequence_that_divides() -> None:
         compose_run([RANDOM, *layout, "data.seq_length=30"])
     assert "data.seq_length=30 does not divide over parallel.tensor_model_parallel_size=4" in str(caught.value)
     assert compose_run([RANDOM, *layout]).parallel.num_ranks == 4
+    layout += ["parallel.context_parallel_size=3"]
+    with pytest.raises(ConfigError) as caught:
+        compose_run([RANDOM, *layout, "data.seq_length=30"])
+    assert (
+        "data.seq_length=30 does not divide over parallel.context_parallel_size=3 x "
+        "parallel.tensor_model_parallel_size=4, which parallel.sequence_parallel=true needs" in str(caught.value)
+    )
+    assert compose_run([RANDOM, *layout, "data.seq_length=36"]).parallel.num_ranks == 12
+
+
+def test_context_parallel_needs_a_sequence_that_divides() -> None:
+    layout = ["parallel.context_parallel_size=4"]
+    with pytest.raises(ConfigError) as caught:
+        compose_run([RANDOM, *layout, "data.seq_length=36"])
+    message = str(caught.value)
+    assert "data.seq_length=36 is not a multiple of 2 x parallel.context_parallel_size=4" in message
+    assert "use a multiple of 8" in message
+    assert compose_run([RANDOM, *layout, "data.seq_length=40"]).parallel.num_ranks == 4
 
 
 def test_flat_values() -> None:

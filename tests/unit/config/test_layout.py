@@ -80,6 +80,9 @@ def test_arithmetic_and_number_of_ranks() -> None:
     layout = ParallelConfig(tensor_model_parallel_size=2, pipeline_model_parallel_size=3, data_parallel_size=4)
     assert layout.num_ranks == 24
     assert layout.arithmetic() == "tensor 2 x pipeline 3 x data 4 = 24"
+    layout = replace(layout, context_parallel_size=2)
+    assert layout.num_ranks == 48
+    assert layout.arithmetic() == "tensor 2 x pipeline 3 x context 2 x data 4 = 48"
 
 
 @pytest.mark.parametrize(

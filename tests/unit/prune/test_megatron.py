@@ -95,12 +95,19 @@ def test_scores_match_transformers(one_rank: Scores) -> None:
     np.testing.assert_allclose(one_rank.layer, layer, rtol=1e-7)
 
 
-@pytest.mark.parametrize(("tp", "pp", "dp"), [(2, 1, 2), (1, 2, 2), (2, 2, 1), (1, 3, 1)])
+@pytest.mark.parametrize(
+    ("tp", "pp", "cp", "dp"), [(2, 1, 1, 2), (1, 2, 1, 2), (2, 2, 1, 1), (1, 3, 1, 1), (1, 2, 2, 1), (1, 1, 2, 2)]
+)
 def test_scores_do_not_depend_on_the_layout(
-    pool: WorkerPool, source: Path, one_rank: Scores, tp: int, pp: int, dp: int
+    pool: WorkerPool, source: Path, one_rank: Scores, tp: int, pp: int, cp: int, dp: int
 ) -> None:
-    parallel = ParallelConfig(tensor_model_parallel_size=tp, pipeline_model_parallel_size=pp, data_parallel_size=dp)
-    by_rank = pool.run(workers.score, tp * pp * dp, source, sequences(), parallel, config(2))
+    parallel = ParallelConfig(
+        tensor_model_parallel_size=tp,
+        pipeline_model_parallel_size=pp,
+        context_parallel_size=cp,
+        data_parallel_size=dp,
+    )
+    by_rank = pool.run(workers.score, parallel.num_ranks, source, sequences(), parallel, config(2))
     for scores in by_rank:
         assert scores.num_samples == 7
         np.testing.assert_allclose(scores.layer, one_rank.layer, rtol=1e-9)

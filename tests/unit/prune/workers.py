@@ -4,13 +4,14 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from rich.console import Console
 
 from minitron.checkpoint.folder import read_model_config
 from minitron.checkpoint.model_io import load_model
 from minitron.compat.cpu import CPU_LAYER
 from minitron.config.parallel import ParallelConfig
 from minitron.config.precision import PrecisionConfig
-from minitron.config.run import Device
+from minitron.config.run import Device, RunConfig
 from minitron.config.score import ScoreConfig
 from minitron.data.batch import Batch
 from minitron.models.gpt import build_gpt
@@ -19,6 +20,8 @@ from minitron.prune.calibration import score_model
 from minitron.prune.scores import Scores
 from minitron.prune.slicer import apply_spec
 from minitron.prune.spec import PruneSpec
+from minitron.runtime.artefact import RunFolder
+from minitron.runtime.session import Session
 
 
 def score(
@@ -31,8 +34,14 @@ def score(
     model = read_model_config(folder)
     CPU_LAYER.apply()
     try:
-        with model_parallel(parallel, seed=1) as groups:
-            gpt = build_gpt(model, parallel, PrecisionConfig(), groups, device=Device.cpu)
+        with model_parallel(parallel, seed=1) as job_groups:
+            job = RunConfig(parallel=parallel)
+            session = Session(
+                config=job, run=RunFolder(folder), groups=job_groups, device=Device.cpu, console=Console()
+            ).context_as_data()
+            groups = session.groups
+            assert session.config.parallel.num_ranks == parallel.num_ranks
+            gpt = build_gpt(model, session.config.parallel, PrecisionConfig(), groups, device=Device.cpu)
             load_model(gpt, folder)
             # In fp64 the layouts' own rounding is far below what the statistics might add.
             gpt.double()

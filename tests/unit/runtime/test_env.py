@@ -44,17 +44,15 @@ def test_num_ranks_must_be_the_product() -> None:
 
 
 def test_cpu_device() -> None:
-    assert resolve_device(Device.cpu, ParallelConfig()) is Device.cpu
+    assert resolve_device(Device.cpu) is Device.cpu
     expected = Device.cuda if torch.cuda.is_available() else Device.cpu
-    assert resolve_device(Device.auto, ParallelConfig()) is expected
-    with pytest.raises(LayoutError, match=r"sequence_parallel=true needs .* a GPU, and the device is the CPU"):
-        resolve_device(Device.cpu, ParallelConfig(tensor_model_parallel_size=2, sequence_parallel=True))
+    assert resolve_device(Device.auto) is expected
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
 def test_cuda_that_is_not_there() -> None:
     with pytest.raises(PlatformError, match=r"device=cuda, but torch .* sees no CUDA device; set device=cpu or auto"):
-        resolve_device(Device.cuda, ParallelConfig())
+        resolve_device(Device.cuda)
 
 
 def test_num_cores_is_positive() -> None:
