@@ -138,7 +138,9 @@ def _prune(session: Session, out: Path) -> Values:
 
 def _distill(session: Session, out: Path) -> Values:
     run = session.run
-    teacher, student, data = run.stage("import"), run.stage("prune"), run.stage("data")
+    given = session.config.distill.teacher.path
+    teacher = Path(given) if given else run.stage("import")
+    student, data = run.stage("prune"), run.stage("data")
     return dict(distill(session, teacher=teacher, student=student, data=data, out=out))
 
 

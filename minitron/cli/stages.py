@@ -21,6 +21,13 @@ Values = dict[str, Any]
 _LOGGING_ONLY = ("log_interval_steps", "save_interval_steps", "eval_interval_steps", "eval_tokens")
 """Training settings that do not change the weights."""
 
+_TEACHERS_PLACE = (
+    "distill.teacher.parallel.",
+    "distill.teacher.micro_batch_size",
+    "distill.teacher.path",  # what counts is the content, see _teacher_outside
+)
+"""Where the teacher is and how it is laid out does not change what it says."""
+
 
 def stages_of(config: RunConfig) -> list[Stage]:
     """The stages of a run, each after those it needs."""
@@ -45,7 +52,14 @@ def stages_of(config: RunConfig) -> list[Stage]:
             "prune", ("import", *(["score"] if needs_scores else [])), lambda c: _section(c, "prune"), _action("prune")
         ),
         _eval_stage("pruned"),
-        Stage("distill", ("import", "prune", "data"), _distill_values, _action("distill"), resumable=True),
+        Stage(
+            "distill",
+            ("import", "prune", "data"),
+            _distill_values,
+            _action("distill"),
+            outside=_teacher_outside,
+            resumable=True,
+        ),
         _eval_stage("distilled"),
         *(baseline if config.baseline.enabled else []),
         Stage("export", ("distill", "data"), lambda c: _section(c, "export"), _action("export")),
@@ -105,7 +119,9 @@ def _training_values(config: RunConfig) -> Values:
 
 
 def _distill_values(config: RunConfig) -> Values:
-    return _section(config, "distill", drop=(*_LOGGING_ONLY, "teacher_microbatches")) | _training_values(config)
+    values = _section(config, "distill", drop=(*_LOGGING_ONLY, "teacher_microbatches"))
+    kept = {key: value for key, value in values.items() if not key.startswith(_TEACHERS_PLACE)}
+    return kept | _training_values(config)
 
 
 def _eval_values(config: RunConfig) -> Values:
@@ -121,16 +137,25 @@ def _model_outside(config: RunConfig) -> dict[str, str]:
 
 def _checkpoint_outside(config: RunConfig) -> dict[str, str]:
     """Content of ``eval.checkpoint``: a Hugging Face folder, or a checkpoint folder of ours."""
-    if config.eval.checkpoint is None:
+    return _folder_outside("checkpoint", config.eval.checkpoint)
+
+
+def _teacher_outside(config: RunConfig) -> dict[str, str]:
+    """Content of ``distill.teacher.path``, a checkpoint folder of ours."""
+    return _folder_outside("teacher", config.distill.teacher.path)
+
+
+def _folder_outside(name: str, given: str | None) -> dict[str, str]:
+    if given is None:
         return {}
-    folder = Path(config.eval.checkpoint)
+    folder = Path(given)
     if not is_checkpoint_folder(folder):
-        return {"checkpoint": model_fingerprint(folder)}
+        return {name: model_fingerprint(folder)}
     digest = hashlib.sha256()
     for file in sorted(path for path in folder.rglob("*") if path.is_file()):
         with file.open("rb") as stream:
             digest.update(file.name.encode() + hashlib.file_digest(stream, "sha256").digest())
-    return {"checkpoint": digest.hexdigest()}
+    return {name: digest.hexdigest()}
 
 
 def _text_outside(config: RunConfig) -> dict[str, str]:

@@ -1,6 +1,7 @@
 """Rules that span several sections of a run. Each raises one error that says what to change."""
 
 from minitron.config.run import RunConfig, SourceKind
+from minitron.config.teacher_layout import own_layout
 from minitron.config.train import check_train
 from minitron.errors import ConfigError
 
@@ -15,6 +16,7 @@ def validate(run: RunConfig) -> None:
     _check_ranges(run)
     seq_length = run.data.seq_length
     check_train(run.distill.train, run.parallel, seq_length=seq_length, who="distill.train")
+    own_layout(run.distill, run.parallel)
     for name, tokens in (("eval.num_tokens", run.eval.num_tokens), ("distill.train.eval_tokens", _eval_tokens(run))):
         if tokens < seq_length:
             raise ConfigError(f"{name}={tokens} is less than one sequence of data.seq_length={seq_length} tokens")

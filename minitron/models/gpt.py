@@ -46,6 +46,7 @@ def build_gpt(
     device: Device,
     initialize: bool = False,
     local_spec: bool = False,
+    vocab_rows: int | None = None,
 ) -> GPTModel:
     """Build this pipeline stage of a model.
 
@@ -58,13 +59,15 @@ def build_gpt(
         initialize: Draw random weights (for training from scratch) instead of leaving them undefined.
         local_spec: Use Megatron's own modules even on CUDA. Scoring needs it: Transformer Engine fuses
             the norms into the linears, where no hook can see their output.
+        vocab_rows: Rows of embedding and output layer over all tensor-parallel ranks, where another model decides;
+            None pads the model's own vocabulary.
     """
     config = transformer_config(model, parallel, precision, device=device, initialize=initialize)
     scaling = model.rope_scaling
     gpt = GPTModel(
         config,
         _layer_spec(device, local_spec=local_spec),
-        vocab_size=padded_vocab_size(model.vocab_size, parallel.tensor_model_parallel_size),
+        vocab_size=vocab_rows or padded_vocab_size(model.vocab_size, parallel.tensor_model_parallel_size),
         max_sequence_length=model.max_position_embeddings,
         pre_process=groups.is_first_stage,
         post_process=groups.is_last_stage,
