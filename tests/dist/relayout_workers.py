@@ -16,7 +16,7 @@ from minitron.config.parallel import ParallelConfig
 from minitron.config.precision import Dtype
 from minitron.config.run import Device, RunConfig
 from minitron.config.train import TrainConfig
-from minitron.config.validate import own_layout
+from minitron.config.teacher_layout import own_layout
 from minitron.data.batch import Batch
 from minitron.distill.objective import Distillation
 from minitron.distill.run import load_teacher
@@ -81,6 +81,22 @@ def outcomes(
             is_own = own_layout(own_session.config.distill, parallel) is not None
             results.append(Outcome(loss, norm, is_own))
         return results
+
+
+def output_gradient(
+    teacher: Path, student: Path, parallel: ParallelConfig, tokens_GT: Tensor, common_vocab_size: int
+) -> Tensor:
+    """Gradient of this rank's rows of an untied student's output layer."""
+    with CPU_LAYER.in_force(), model_parallel(parallel, seed=1) as groups:
+        session = Session(RunConfig(parallel=parallel), RunFolder(Path("unused")), groups, Device.cpu, Console())
+        gpt, model = load_gpt(student, session)
+        trainable = make_trainable(gpt, TrainConfig(), groups, seq_length=tokens_GT.shape[1] - 1)
+        source = load_teacher(session, teacher, student_vocab_size=model.vocab_size)
+        mix = CrossEntropyMixConfig()
+        objective = Distillation(source, model.vocab_size, groups, False, mix, common_vocab_size)
+        _step(trainable, objective, _microbatches(tokens_GT, groups, 1), 0, groups)
+        gradient: Tensor = gpt.output_layer.weight.main_grad
+        return gradient.clone()
 
 
 def losses_of_split_and_whole_states(seed: int) -> list[tuple[float, Tensor]]:
