@@ -29,7 +29,7 @@ def untied(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ((1, 2, 1), 2, [Own(tp=2, pp=1, group_size=1), Own(tp=1, pp=1, micro_batch_size=1)]),
         ((1, 1, 2), 1, [Own(tp=2, group_size=3, micro_batch_size=2), Own(pp=2)]),
         ((2, 2, 1), 1, [Own(tp=1, pp=2), Own(tp=1, pp=1, group_size=4, micro_batch_size=1)]),
-        ((1, 1, 4), 2, [Own(tp=2, pp=2, micro_batch_size=8), Own(tp=4, micro_batch_size=1), Own(tp=2, pp=1)]),
+        ((1, 1, 4), 1, [Own(tp=2, pp=2, micro_batch_size=8), Own(tp=4, micro_batch_size=2), Own(tp=2, pp=1)]),
     ],
 )
 def test_losses_and_gradients_are_those_of_the_students_layout(
