@@ -156,7 +156,8 @@ def _train(stage: str, session: Session, out: Path) -> Values:
     start = StartingPoint(run.stage(training.start or "prune"), random_weights=training.start is None)
     settings, data = settings_of(session.config, stage), run.stage("data")
     if training.distills:
-        teacher = run.stage("teacher")
+        given = session.config.distill.teacher.path
+        teacher = Path(given) if given else run.stage("teacher")
         summary = distill(session, stage=stage, teacher=teacher, start=start, settings=settings, data=data, out=out)
     else:
         summary = train_on_text(session, stage=stage, start=start, settings=settings, data=data, out=out)

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from rich.console import Console
 
+from minitron.checkpoint.folder import MODEL_FILE, is_checkpoint_folder, read_model_config
 from minitron.cli.stages import lines_of, stages_of
 from minitron.cli.turn import in_turn
 from minitron.cli.worker import run_rank
@@ -13,6 +14,7 @@ from minitron.config.model import ModelConfig
 from minitron.config.parallel import check_layout
 from minitron.config.prune import check_target
 from minitron.config.run import RunConfig, SourceKind
+from minitron.config.teacher_layout import own_layout
 from minitron.errors import ConfigError, ModelError
 from minitron.models.hf_import import inspect_source
 from minitron.models.random_source import random_model
@@ -120,17 +122,24 @@ def check_models(config: RunConfig) -> None:
         LayoutError: The layout cannot split one of the two.
     """
     source = source_model(config)
-    check_layout(source, config.parallel.plain(), who="teacher")
+    own = own_layout(config.distill, config.parallel)
+    teacher = teacher_model(config) or source
+    if own is None:
+        check_layout(teacher, config.parallel.plain(), who="teacher")
+    else:
+        check_layout(teacher, own.parallel, who="teacher in its own layout (distill.teacher.parallel)")
+    check_layout(source, config.parallel.plain(), who="source")  # scored and evaluated, whatever the teacher's layout
     students: dict[str, ModelConfig] = {}
     for line in lines_of(config):
         before = students[line.source.step] if line.source else source
         students[line.step] = check_target(before, line.config.prune)
         check_layout(students[line.step], config.parallel, who=f"student {line.step}".rstrip())
-    longest = min(source.max_position_embeddings, source.sliding_window or source.max_position_embeddings)
-    if config.data.seq_length > longest:
-        raise ModelError(
-            f"data.seq_length={config.data.seq_length} is longer than the model's {longest} positions; lower it"
-        )
+    for model in (source, teacher):
+        longest = min(model.max_position_embeddings, model.sliding_window or model.max_position_embeddings)
+        if config.data.seq_length > longest:
+            raise ModelError(
+                f"data.seq_length={config.data.seq_length} is longer than the model's {longest} positions; lower it"
+            )
 
 
 def source_model(config: RunConfig) -> ModelConfig:
@@ -139,6 +148,24 @@ def source_model(config: RunConfig) -> ModelConfig:
         assert config.source.path is not None  # checked when composed
         return inspect_source(Path(config.source.path)).model
     return random_model(config.source.random)
+
+
+def teacher_model(config: RunConfig) -> ModelConfig | None:
+    """Architecture of the teacher that ``distill.teacher.path`` names, if it does.
+
+    Raises:
+        ConfigError: There is no checkpoint folder.
+    """
+    given = config.distill.teacher.path
+    if given is None:
+        return None
+    if not is_checkpoint_folder(Path(given)):
+        raise ConfigError(
+            f"distill.teacher.path={given} is not a checkpoint folder (it has no {MODEL_FILE}); import a Hugging Face "
+            f"model first, `minitron import name=teacher source.path={given}`, and give "
+            f"distill.teacher.path={Path(config.runs_dir) / 'teacher' / 'import'}"
+        )
+    return read_model_config(Path(given))
 
 
 def _write_resolved(run: RunFolder, config: RunConfig) -> Path:

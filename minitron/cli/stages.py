@@ -14,7 +14,7 @@ from minitron.config.run import RunConfig, SourceKind
 from minitron.config.trainings import ABLATION, TRAININGS, in_step, settings_of
 from minitron.data.sources import source_fingerprint as text_fingerprint
 from minitron.models.hf_import import source_fingerprint as model_fingerprint
-from minitron.pipeline import Stage
+from minitron.pipeline import Stage, nothing_outside
 from minitron.runtime.artefact import RunFolder
 
 if TYPE_CHECKING:
@@ -24,6 +24,13 @@ Values = dict[str, Any]
 
 _LOGGING_ONLY = ("log_interval_steps", "save_interval_steps", "eval_interval_steps", "eval_tokens")
 """Training settings that do not change the weights."""
+
+_TEACHERS_PLACE = (
+    "distill.teacher.parallel.",
+    "distill.teacher.micro_batch_size",
+    "distill.teacher.path",  # what counts is the content, see _teacher_outside
+)
+"""Where the teacher is and how it is laid out does not change what it says."""
 
 CHECKPOINT_OF = {
     "teacher": "import",
@@ -169,7 +176,8 @@ def _training_stages(name: str) -> list[Stage]:
 
     if training.distills:
         needs.insert(0, "teacher")
-    stage = Stage(name, tuple(needs), values, _action(name), resumable=True)
+    outside = _teacher_outside if training.distills else nothing_outside
+    stage = Stage(name, tuple(needs), values, _action(name), outside=outside, resumable=True)
     return [stage, _eval_stage(_evaluated(name))]
 
 
@@ -223,7 +231,7 @@ def _training_values(config: RunConfig, training: str) -> Values:
 def _recipe_values(config: RunConfig) -> Values:
     """What distillation has beyond any training: losses and teacher."""
     values = _section(config, "distill", drop=("teacher_microbatches",))
-    return {key: value for key, value in values.items() if not key.startswith("distill.train.")}
+    return {key: value for key, value in values.items() if not key.startswith(("distill.train.", *_TEACHERS_PLACE))}
 
 
 def _eval_values(config: RunConfig) -> Values:
@@ -239,16 +247,25 @@ def _model_outside(config: RunConfig) -> dict[str, str]:
 
 def _checkpoint_outside(config: RunConfig) -> dict[str, str]:
     """Content of ``eval.checkpoint``: a Hugging Face folder, or a checkpoint folder of ours."""
-    if config.eval.checkpoint is None:
+    return _folder_outside("checkpoint", config.eval.checkpoint)
+
+
+def _teacher_outside(config: RunConfig) -> dict[str, str]:
+    """Content of ``distill.teacher.path``, a checkpoint folder of ours."""
+    return _folder_outside("teacher", config.distill.teacher.path)
+
+
+def _folder_outside(name: str, given: str | None) -> dict[str, str]:
+    if given is None:
         return {}
-    folder = Path(config.eval.checkpoint)
+    folder = Path(given)
     if not is_checkpoint_folder(folder):
-        return {"checkpoint": model_fingerprint(folder)}
+        return {name: model_fingerprint(folder)}
     digest = hashlib.sha256()
     for file in sorted(path for path in folder.rglob("*") if path.is_file()):
         with file.open("rb") as stream:
             digest.update(file.name.encode() + hashlib.file_digest(stream, "sha256").digest())
-    return {"checkpoint": digest.hexdigest()}
+    return {name: digest.hexdigest()}
 
 
 def _text_outside(config: RunConfig) -> dict[str, str]:

@@ -34,11 +34,27 @@ class CrossEntropyMixConfig:
 
 
 @dataclass(kw_only=True)
+class TeacherParallelConfig:
+    """A layout of the teacher's own, on the student's ranks. What is left over after TP x PP is data-parallel."""
+
+    tensor_model_parallel_size: int | None = None
+    """Ranks that share every layer of the teacher; null takes the student's."""
+    pipeline_model_parallel_size: int | None = None
+    """Stages of the teacher; null takes the student's."""
+
+
+@dataclass(kw_only=True)
 class TeacherConfig:
     """The teacher and how it runs."""
 
+    path: str | None = None
+    """A checkpoint folder to learn from, such as runs/corrected/distill; null takes the run's own source."""
     dtype: Dtype | None = None
     """Number format of the teacher; null takes ``precision.dtype``."""
+    parallel: TeacherParallelConfig = field(default_factory=TeacherParallelConfig)
+    """The teacher's own layout; by default it has the student's."""
+    micro_batch_size: int | None = None
+    """Sequences in one forward pass of one data-parallel rank of the teacher; null takes the student's."""
 
 
 @dataclass(kw_only=True)

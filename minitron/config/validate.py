@@ -3,6 +3,7 @@
 from minitron.config.line import check_chain
 from minitron.config.parallel import ParallelConfig
 from minitron.config.run import RunConfig, SourceKind
+from minitron.config.teacher_layout import own_layout
 from minitron.config.train import check_train
 from minitron.config.trainings import in_step, settings_of
 from minitron.errors import ConfigError
@@ -24,6 +25,7 @@ def validate(run: RunConfig) -> None:
     for number, step in enumerate(run.chain):
         train = in_step(run, step).distill.train
         check_train(train, run.parallel, seq_length=seq_length, who=f"chain.{number} ({step.name})")
+    own_layout(run.distill, run.parallel)
     group, stages = run.distill.teacher_microbatches, run.parallel.pipeline_model_parallel_size
     if run.parallel.num_chunks > 1 and group % stages:
         raise ConfigError(

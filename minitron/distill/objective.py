@@ -29,10 +29,12 @@ class Distillation:
 
     Attributes:
         teacher: Where the teacher's signals come from.
-        vocab_size: True size of the vocabulary, without padding.
+        vocab_size: True size of the student's vocabulary, without padding.
         groups: This rank's process groups.
         sequence_parallel: Whether hidden states are split along the sequence.
         recipe: The losses and their weights.
+        common_vocab_size: Ids that teacher and student both have, on which they are compared; None for all of
+            ``vocab_size``.
     """
 
     teacher: Teacher
@@ -40,6 +42,7 @@ class Distillation:
     groups: Groups
     sequence_parallel: bool
     recipe: DistillConfig
+    common_vocab_size: int | None = None
 
     def signals(self, microbatches: Sequence[Batch]) -> Sequence[Signal]:
         """Run the teacher."""
@@ -71,14 +74,16 @@ class Distillation:
         assert signal.final is not None, "the last stage has a final state"
         split = self.sequence_parallel
         hidden_TH, weights_T = loss_inputs(state.hidden_SBH, batch, self.groups, sequence_parallel=split)
-        teacher_TH, _ = loss_inputs(signal.final.hidden_SBH, batch, self.groups, sequence_parallel=split)
+        teacher_TH, _ = loss_inputs(
+            signal.final.hidden_SBH, batch, self.groups, sequence_parallel=split and not signal.whole
+        )
         return linear_distillation(
             hidden_TH,
             state.weight_vH,
             teacher_TH,
             signal.final.weight_vH,
             loss=self.recipe.logit_loss,
-            vocab_size=self.vocab_size,
+            vocab_size=self.common_vocab_size or self.vocab_size,
             tp_group=self.groups.tp,
             token_weights_T=weights_T,
         )

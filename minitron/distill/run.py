@@ -4,11 +4,14 @@ from pathlib import Path
 
 from minitron.checkpoint.folder import copy_side_files, read_model_config
 from minitron.config.precision import PrecisionConfig
+from minitron.config.teacher_layout import own_layout
 from minitron.config.train import TrainConfig
 from minitron.distill.objective import Distillation
-from minitron.distill.teacher import OnlineTeacher, freeze
-from minitron.errors import ConfigError
+from minitron.distill.relayout import load_relayout_teacher
+from minitron.distill.teacher import OnlineTeacher, Teacher, freeze
+from minitron.distill.vocabulary import common_vocab_size
 from minitron.models.load import load_gpt
+from minitron.models.transformer_config import padded_vocab_size
 from minitron.runtime.session import Session
 from minitron.train.run import StartingPoint, train_to_folder
 
@@ -19,33 +22,28 @@ def distill(
     """Distill the teacher into the student.
 
     Args:
-        session: The running job; teacher and student share its layout.
+        session: The running job; its layout is the student's, and the teacher's unless it has one of its own.
         stage: Name for the bar and the trackers.
-        teacher: Checkpoint folder of the unpruned model.
+        teacher: Checkpoint folder of the model to learn from.
         start: The student.
         settings: Batch, schedule, optimizer.
         data: The data folder.
         out: The stage's working folder.
 
     Raises:
-        ConfigError: The two models have different vocabularies.
+        ModelError: The two models' tokenizers differ.
     """
     recipe = session.config.distill
-    precision = PrecisionConfig(dtype=recipe.teacher.dtype or session.config.precision.dtype)
-    layout = session.config.parallel.for_teacher(read_model_config(teacher).num_layers)
-    teacher_gpt, teacher_model = load_gpt(teacher, session, parallel=layout, precision=precision)
+    common = common_vocab_size(teacher, start.folder)
+    source = load_teacher(session, teacher, student_vocab_size=read_model_config(start.folder).vocab_size)
     student_gpt, student_model = start.load(session)
-    if teacher_model.vocab_size != student_model.vocab_size:
-        raise ConfigError(
-            f"teacher vocab_size={teacher_model.vocab_size} and student vocab_size={student_model.vocab_size} differ; "
-            "their distributions cannot be compared"
-        )
     objective = Distillation(
-        OnlineTeacher(freeze(teacher_gpt)),
+        source,
         student_model.vocab_size,
         session.groups,
         session.config.parallel.sequence_parallel,
         recipe,
+        common,
     )
     summary = train_to_folder(
         session,
@@ -61,3 +59,22 @@ def distill(
     if session.is_main:
         copy_side_files(start.folder, out)
     return summary
+
+
+def load_teacher(session: Session, folder: Path, *, student_vocab_size: int) -> Teacher:
+    """Load the online teacher, in the student's layout or in its own.
+
+    Args:
+        session: The running job.
+        folder: The teacher's checkpoint folder.
+        student_vocab_size: Decides the vocabulary shards, which are the same for both models' logits.
+    """
+    config = session.config
+    precision = PrecisionConfig(dtype=config.distill.teacher.dtype or config.precision.dtype)
+    layout = own_layout(config.distill, config.parallel)
+    if layout is not None:
+        return load_relayout_teacher(folder, session, layout, precision, student_vocab_size=student_vocab_size)
+    rows = padded_vocab_size(student_vocab_size, config.parallel.tensor_model_parallel_size)
+    beside = config.parallel.for_teacher(read_model_config(folder).num_layers)
+    gpt, _ = load_gpt(folder, session, parallel=beside, precision=precision, vocab_rows=rows)
+    return OnlineTeacher(freeze(gpt))

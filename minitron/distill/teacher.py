@@ -18,10 +18,12 @@ class Signal:
     Attributes:
         final: Final hidden state and output layer, on the student's last pipeline stage; None elsewhere.
         states: Intermediate states by name, on the stage that holds the student's side of the pair.
+        whole: Whether the final state has the whole sequence on every rank even where the student's is split over TP.
     """
 
     final: FinalState | None = None
     states: Mapping[str, Tensor] = field(default_factory=dict)
+    whole: bool = False
 
 
 class Teacher(Protocol):

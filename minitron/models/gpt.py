@@ -71,6 +71,7 @@ def build_gpt(
     device: Device,
     initialize: bool = False,
     local_spec: bool = False,
+    vocab_rows: int | None = None,
 ) -> Chunks:
     """Build this pipeline stage of a model.
 
@@ -83,10 +84,15 @@ def build_gpt(
         initialize: Draw random weights (for training from scratch) instead of leaving them undefined.
         local_spec: Use Megatron's own modules even on CUDA. Scoring needs it: Transformer Engine fuses
             the norms into the linears, where no hook can see their output.
+        vocab_rows: Rows of embedding and output layer over all tensor-parallel ranks, where another model decides;
+            None pads the model's own vocabulary.
     """
     config = transformer_config(model, parallel, precision, device=device, initialize=initialize)
     spec = _layer_spec(device, local_spec=local_spec)
-    chunks = Chunks(_build_chunk(index, model, parallel, config, spec, groups) for index in range(parallel.num_chunks))
+    rows = vocab_rows or padded_vocab_size(model.vocab_size, parallel.tensor_model_parallel_size)
+    chunks = Chunks(
+        _build_chunk(index, model, parallel, config, spec, groups, rows) for index in range(parallel.num_chunks)
+    )
     return chunks if device is Device.cpu else chunks.cuda()
 
 
@@ -97,12 +103,13 @@ def _build_chunk(
     config: TransformerConfig,
     spec: ModuleSpec,
     groups: Groups,
+    vocab_rows: int,
 ) -> GPTModel:
     scaling = model.rope_scaling
     return GPTModel(
         config,
         spec,
-        vocab_size=padded_vocab_size(model.vocab_size, parallel.tensor_model_parallel_size),
+        vocab_size=vocab_rows,
         max_sequence_length=model.max_position_embeddings,
         pre_process=groups.is_first_stage and index == 0,
         post_process=groups.is_last_stage and index == parallel.num_chunks - 1,

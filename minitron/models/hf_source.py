@@ -152,9 +152,19 @@ def tokenizer_size(folder: Path) -> int:
     Raises:
         ModelError: transformers cannot load it.
     """
+    return max(token_ids(folder).values()) + 1
+
+
+def token_ids(folder: Path) -> dict[str, int]:
+    """The id of every token of the tokenizer in a folder, added and special tokens included.
+
+    Raises:
+        ModelError: transformers cannot load it.
+    """
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-        return max(tokenizer.get_vocab().values()) + 1
+        ids: dict[str, int] = tokenizer.get_vocab()
+        return ids
     except Exception as error:  # transformers raises whatever the tokenizer's backend does
         first = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise ModelError(f"{folder}: the tokenizer cannot be loaded: {first}") from error

@@ -3,11 +3,16 @@
 from dataclasses import replace
 from pathlib import Path
 
-from minitron.checkpoint.folder import read_model_config
+import torch
+from torch import Tensor
+
+from minitron.checkpoint.folder import read_model_config, weights_dir
 from minitron.checkpoint.model_io import load_model
+from minitron.checkpoint.store import CheckpointReader
 from minitron.config.model import ModelConfig
 from minitron.config.parallel import ParallelConfig
 from minitron.config.precision import PrecisionConfig
+from minitron.models.axes import Dim, params_of
 from minitron.models.gpt import Chunks, build_gpt
 from minitron.runtime.session import Session
 
@@ -19,6 +24,7 @@ def load_gpt(
     parallel: ParallelConfig | None = None,
     precision: PrecisionConfig | None = None,
     local_spec: bool = False,
+    vocab_rows: int | None = None,
 ) -> tuple[Chunks, ModelConfig]:
     """Load this rank's part of a model.
 
@@ -29,6 +35,7 @@ def load_gpt(
             only run forward (`ParallelConfig.plain`).
         precision: Number formats, when they are not the session's.
         local_spec: See `build_gpt`.
+        vocab_rows: See `build_gpt`. Rows that the checkpoint lacks are zero, those beyond are not read.
 
     Raises:
         CheckpointError: The folder is not a complete checkpoint.
@@ -44,6 +51,29 @@ def load_gpt(
         session.groups,
         device=session.device,
         local_spec=local_spec,
+        vocab_rows=vocab_rows,
     )
     load_model(gpt, folder)
     return gpt, model
+
+
+def load_output_rows(folder: Path, *, first: int, num_rows: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Read rows of a model's output layer (of its embedding, where the two are tied) without the model.
+
+    Args:
+        folder: A checkpoint folder, saved at any layout.
+        first: First row.
+        num_rows: How many; those beyond the model's vocabulary are zero.
+        dtype: Number format to convert to.
+        device: Where to put them.
+
+    Raises:
+        CheckpointError: The folder is not a complete checkpoint.
+    """
+    model = read_model_config(folder)
+    key = [param.key for param in params_of(model) if Dim.vocab in param.dims][-1]
+    rows_vH = torch.zeros(num_rows, model.hidden_size, dtype=dtype, device=device)
+    there = min(model.vocab_size, first + num_rows) - first
+    if there > 0:
+        rows_vH[:there] = CheckpointReader(weights_dir(folder)).read(key, (first, 0), (there, model.hidden_size))
+    return rows_vH

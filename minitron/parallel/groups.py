@@ -2,8 +2,9 @@
 
 import contextlib
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from megatron.core import parallel_state
@@ -92,18 +93,73 @@ def model_parallel(parallel: ParallelConfig, *, seed: int) -> Iterator[Groups]:
     )
     model_parallel_cuda_manual_seed(seed, force_reset_rng=True)
     try:
-        yield Groups(
-            tp=parallel_state.get_tensor_model_parallel_group(),
-            pp=parallel_state.get_pipeline_model_parallel_group(),
-            cp=parallel_state.get_context_parallel_group(),
-            dp=parallel_state.get_data_parallel_group(),
-            dp_cp=parallel_state.get_data_parallel_group(with_context_parallel=True),
-            mp=parallel_state.get_model_parallel_group(),
-            tp_rank=parallel_state.get_tensor_model_parallel_rank(),
-            pp_rank=parallel_state.get_pipeline_model_parallel_rank(),
-            cp_rank=parallel_state.get_context_parallel_rank(),
-            dp_rank=parallel_state.get_data_parallel_rank(),
-            collection=ProcessGroupCollection.use_mpu_process_groups(),
-        )
+        yield _groups_in_force()
     finally:
         parallel_state.destroy_model_parallel()
+
+
+@dataclass(frozen=True)
+class SecondLayout:
+    """The groups of another layout on the same ranks, out of force until asked for.
+
+    Megatron's schedules, checkpoints and layers ask `parallel_state` for their groups: a model in another layout must
+    be built, loaded and run inside `active`. Its random states stay the first layout's: for a model that is only run
+    forward nothing is drawn.
+
+    Attributes:
+        groups: This rank's groups in the second layout.
+        state: What `parallel_state` holds while it is in force.
+    """
+
+    groups: Groups
+    state: Mapping[str, Any]
+
+    @contextlib.contextmanager
+    def active(self) -> Iterator[Groups]:
+        """Put the second layout in force for the length of a block."""
+        outer = _state()
+        vars(parallel_state).update(self.state)
+        try:
+            yield self.groups
+        finally:
+            vars(parallel_state).update(outer)
+
+
+def second_layout(parallel: ParallelConfig) -> SecondLayout:
+    """Make the groups of another layout beside the one in force; called by every rank.
+
+    Args:
+        parallel: The layout; its number of ranks must be the world size.
+    """
+    outer = _state()
+    vars(parallel_state).update({name: {} if isinstance(value, dict) else None for name, value in outer.items()})
+    try:
+        parallel_state.initialize_model_parallel(
+            tensor_model_parallel_size=parallel.tensor_model_parallel_size,
+            pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
+            create_gloo_process_groups=False,  # they serve the optimizer's checkpoints
+        )
+        return SecondLayout(_groups_in_force(), _state())
+    finally:
+        vars(parallel_state).update(outer)
+
+
+def _state() -> dict[str, Any]:
+    """Every global of `parallel_state` that `initialize_model_parallel` sets: they are named in capitals."""
+    return {name: value for name, value in vars(parallel_state).items() if name[0] == "_" and name[1:].isupper()}
+
+
+def _groups_in_force() -> Groups:
+    return Groups(
+        tp=parallel_state.get_tensor_model_parallel_group(),
+        pp=parallel_state.get_pipeline_model_parallel_group(),
+        cp=parallel_state.get_context_parallel_group(),
+        dp=parallel_state.get_data_parallel_group(),
+        dp_cp=parallel_state.get_data_parallel_group(with_context_parallel=True),
+        mp=parallel_state.get_model_parallel_group(),
+        tp_rank=parallel_state.get_tensor_model_parallel_rank(),
+        pp_rank=parallel_state.get_pipeline_model_parallel_rank(),
+        cp_rank=parallel_state.get_context_parallel_rank(),
+        dp_rank=parallel_state.get_data_parallel_rank(),
+        collection=ProcessGroupCollection.use_mpu_process_groups(),
+    )

@@ -28,7 +28,8 @@ OutsideHashes = dict[str, dict[str, str]]
 _PROBE_BYTES = 1 << 20
 
 
-def _nothing(_config: RunConfig) -> dict[str, str]:
+def nothing_outside(_config: RunConfig) -> dict[str, str]:
+    """For a stage that reads nothing outside the run folder."""
     return {}
 
 
@@ -49,7 +50,7 @@ class Stage:
     needs: tuple[str, ...]
     values: Callable[[RunConfig], dict[str, Any]]
     run: Callable[["Session", Path], dict[str, Any]]
-    outside: Callable[[RunConfig], dict[str, str]] = field(default=_nothing)
+    outside: Callable[[RunConfig], dict[str, str]] = field(default=nothing_outside)
     resumable: bool = False
 
 

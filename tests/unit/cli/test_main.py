@@ -218,6 +218,26 @@ def test_no_tokenizer(fails: Fails, model: Path) -> None:
             ["parallel.tensor_model_parallel_size=2", "prune.ffn_hidden_size=97"],
             "student: ffn_hidden_size=97 does not divide over parallel.tensor_model_parallel_size=2 (97 / 2 leaves 1)",
         ),
+        (
+            3,
+            [
+                "parallel.data_parallel_size=4",
+                "distill.teacher.parallel.pipeline_model_parallel_size=4",
+                "source.random.num_layers=3",
+                "prune.num_layers=2",
+            ],
+            "teacher in its own layout (distill.teacher.parallel): num_layers=3 is fewer than",
+        ),
+        (
+            3,
+            ["parallel.tensor_model_parallel_size=8", "distill.teacher.parallel.tensor_model_parallel_size=1"],
+            "source: num_query_groups=4 does not divide over parallel.tensor_model_parallel_size=8",
+        ),
+        (
+            3,
+            ["distill.teacher.path=/models/Big"],
+            "import a Hugging Face model first, `minitron import name=teacher source.path=/models/Big`, and give",
+        ),
         (3, ["source.random.num_query_groups=3"], "num_attention_heads=8 is not a multiple of num_query_groups=3"),
         (7, ["prune.hidden_size=128"], "prune.hidden_size=128 is larger than the model's 64; use at most 64"),
         (7, ["prune.num_layers=5"], "prune.num_layers=5 is larger than the model's 4"),

@@ -35,6 +35,8 @@ def _digests(config: RunConfig) -> dict[str, str]:
         ("distill.train.log_interval_steps=2", ""),
         ("distill.train.save_interval_steps=1", ""),
         ("distill.teacher_microbatches=1", ""),
+        ("distill.teacher.micro_batch_size=1", ""),
+        ("distill.teacher.dtype=bf16", "distill eval_distilled export report"),
         ("score.micro_batch_size=1", ""),
         ("eval.micro_batch_size=1", ""),
         ("data.num_workers=2", ""),
@@ -65,6 +67,20 @@ def test_content_of_the_text_counts_and_its_place_does_not(base: list[str], tmp_
     (tmp_path / "text.txt").write_text("Other text.\n" * 50)
     changed = [stage for stage in LINE if before[stage] != _digests(config)[stage]]
     assert changed == [stage for stage in LINE if stage != "import"]
+
+
+def test_the_teachers_layout_does_not_count_and_its_content_does(base: list[str], tmp_path: Path) -> None:
+    base = [*base, "parallel.tensor_model_parallel_size=2"]
+    before = _digests(compose_run(base))
+    assert _digests(compose_run([*base, "distill.teacher.parallel.tensor_model_parallel_size=1"])) == before
+    for name, text in (("a", "{}"), ("b", "{}"), ("c", "{} ")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "model.json").write_text(text)
+    a, b, c = (_digests(compose_run([*base, f"distill.teacher.path={tmp_path / name}"])) for name in "abc")
+    assert a == b
+    for other in (before, c):
+        changed = [stage for stage in LINE if a[stage] != other[stage]]
+        assert changed == ["distill", "eval_distilled", "export", "report"]
 
 
 def test_random_ranking_needs_no_scores(base: list[str]) -> None:
