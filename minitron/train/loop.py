@@ -55,8 +55,13 @@ class TrainJob:
 def train(job: TrainJob) -> dict[str, float]:
     """Train to the end, from the newest checkpoint if there is one.
 
+    The host waits for the device only where it reads something: on steps that log, validate or save.
+
     Returns:
         Step count, tokens and the last held-out loss.
+
+    Raises:
+        NumericsError: A gradient was not finite; nothing was saved since.
     """
     settings, num_steps = job.train, job.batches.num_steps
     step = load_state(job.trainable, job.states)
@@ -77,7 +82,11 @@ def train(job: TrainJob) -> dict[str, float]:
         step += 1
         last = step == num_steps
         validates = last or _every(settings.eval_interval_steps, step)
-        if last or validates or _every(settings.log_interval_steps, step):
+        saves = not last and _every(settings.save_interval_steps, step)
+        logs = validates or _every(settings.log_interval_steps, step)
+        if logs or saves:
+            job.trainable.guard.check()
+        if logs:
             values = _logged(output, job)
             now = time.monotonic()
             speed = (step - clock_step) * settings.tokens_per_step(job.seq_length) / (now - clock)
@@ -88,7 +97,7 @@ def train(job: TrainJob) -> dict[str, float]:
             metrics.write(step, {**values, "lr": lr, "tokens": tokens, "tokens_per_s": speed})
             job.progress.update(step, num_steps, loss=values["loss"], tokens_per_s=speed)
             clock, clock_step = time.monotonic(), step
-        if not last and _every(settings.save_interval_steps, step):
+        if saves:
             save_state(job.trainable, job.states, step=step)
             clock = time.monotonic() if clock_step == step else clock
     metrics.close()
@@ -112,4 +121,4 @@ def _logged(output: StepOutput, job: TrainJob) -> dict[str, float]:
     torch.distributed.broadcast_object_list(shared, src=job.groups.last_stage_source, group=job.groups.pp)
     terms = shared[0]
     assert isinstance(terms, dict)
-    return {**terms, "grad_norm": output.grad_norm}
+    return {**terms, "grad_norm": output.grad_norm.item()}

@@ -1,6 +1,6 @@
 """Megatron's DDP, distributed optimizer and cosine schedule around one model."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
@@ -12,6 +12,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from minitron.config.train import TrainConfig
 from minitron.parallel.groups import Groups
+from minitron.train.guard import UpdateGuard
 
 
 @dataclass(frozen=True)
@@ -23,12 +24,14 @@ class Trainable:
         optimizer: Megatron's distributed optimizer: each data-parallel rank holds a part of its state.
         scheduler: Learning rate and weight decay, stepped once per optimizer step.
         config: The model's Megatron configuration.
+        guard: Keeps bad gradients from the weights.
     """
 
     ddp: DistributedDataParallel
     optimizer: MegatronOptimizer
     scheduler: OptimizerParamScheduler
     config: TransformerConfig
+    guard: UpdateGuard = field(default_factory=UpdateGuard)
 
     @property
     def gpt(self) -> GPTModel:
