@@ -65,14 +65,20 @@ class Batch:
             whole_loss_tokens=self.num_loss_tokens,
         )
 
-    def to(self, device: torch.device | str, *, non_blocking: bool = False) -> "Batch":
-        """Return the batch on a device."""
+    def to(self, device: torch.device) -> "Batch":
+        """Return the batch on a device; to a GPU through pinned memory, so that the host does not wait for the copy."""
         whole = self.whole_loss_tokens
-        return Batch(
-            tokens_BS=self.tokens_BS.to(device, non_blocking=non_blocking),
-            labels_BS=self.labels_BS.to(device, non_blocking=non_blocking),
-            position_ids_BS=self.position_ids_BS.to(device, non_blocking=non_blocking),
-            loss_mask_BS=self.loss_mask_BS.to(device, non_blocking=non_blocking),
-            context_parallel_size=self.context_parallel_size,
-            whole_loss_tokens=None if whole is None else whole.to(device, non_blocking=non_blocking),
+        return replace(
+            self,
+            tokens_BS=_moved(self.tokens_BS, device),
+            labels_BS=_moved(self.labels_BS, device),
+            position_ids_BS=_moved(self.position_ids_BS, device),
+            loss_mask_BS=_moved(self.loss_mask_BS, device),
+            whole_loss_tokens=None if whole is None else _moved(whole, device),
         )
+
+
+def _moved(tensor: Tensor, device: torch.device) -> Tensor:
+    if device.type == "cuda" and tensor.device.type == "cpu":
+        return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor.to(device)

@@ -81,7 +81,7 @@ def transformer_config(
         apply_rope_fusion=not on_cpu,
         # The schedules wait for pipeline sends one by one: gloo has no batched isend/irecv.
         batch_p2p_comm=not on_cpu and not interleaved,
-        batch_p2p_sync=not on_cpu and not interleaved,
+        batch_p2p_sync=False,  # a wait for the device after every send, for versions of torch older than ours
         overlap_p2p_comm=interleaved,
         deallocate_pipeline_outputs=True,
     )

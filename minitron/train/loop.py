@@ -56,8 +56,13 @@ class TrainJob:
 def train(job: TrainJob) -> dict[str, float]:
     """Train to the end, from the newest checkpoint if there is one.
 
+    The host waits for the device only where it reads something: on steps that log, validate or save.
+
     Returns:
         Step count, tokens and the last held-out loss.
+
+    Raises:
+        NumericsError: A gradient was not finite; nothing was saved since.
     """
     settings, num_steps = job.train, job.batches.num_steps
     step = load_state(job.trainable, job.states)
@@ -78,8 +83,12 @@ def train(job: TrainJob) -> dict[str, float]:
         step += 1
         last = step == num_steps
         validates = last or _every(settings.eval_interval_steps, step)
-        if last or validates or _every(settings.log_interval_steps, step):
-            values = {**mean_terms(output.terms, job.groups), "grad_norm": output.grad_norm}
+        saves = not last and _every(settings.save_interval_steps, step)
+        logs = last or validates or _every(settings.log_interval_steps, step)
+        if logs or saves:
+            job.trainable.guard.check()
+        if logs:
+            values = {**mean_terms(output.terms, job.groups), "grad_norm": output.grad_norm.item()}
             now = time.monotonic()
             speed = (step - clock_step) * settings.tokens_per_step(job.seq_length) / (now - clock)
             if validates:
@@ -89,7 +98,7 @@ def train(job: TrainJob) -> dict[str, float]:
             metrics.write(step, {**values, "lr": lr, "tokens": tokens, "tokens_per_s": speed})
             job.progress.update(step, num_steps, loss=values["loss"], tokens_per_s=speed)
             clock, clock_step = time.monotonic(), step
-        if not last and _every(settings.save_interval_steps, step):
+        if saves:
             save_state(job.trainable, job.states, step=step)
             clock = time.monotonic() if clock_step == step else clock
     metrics.close()

@@ -2,7 +2,7 @@
 
 import contextlib
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
@@ -15,6 +15,7 @@ from minitron.config.parallel import ParallelConfig
 from minitron.config.train import TrainConfig
 from minitron.models.gpt import Chunks
 from minitron.parallel.groups import Groups
+from minitron.train.guard import UpdateGuard
 
 
 @dataclass(frozen=True)
@@ -27,6 +28,7 @@ class Trainable:
         optimizer: Megatron's distributed optimizer: each data-parallel rank holds a part of its state.
         scheduler: Learning rate and weight decay, stepped once per optimizer step.
         config: The model's Megatron configuration.
+        guard: Keeps bad gradients from the weights.
     """
 
     gpt: Chunks
@@ -34,6 +36,7 @@ class Trainable:
     optimizer: MegatronOptimizer
     scheduler: OptimizerParamScheduler
     config: TransformerConfig
+    guard: UpdateGuard = field(default_factory=UpdateGuard)
 
     @property
     def lr(self) -> float:

@@ -86,7 +86,7 @@ def _loadable_adam(trainable: Trainable) -> Iterator[None]:
         for parameter in _parameters(adam):
             if not adam.state[parameter]:
                 moments = {key: torch.zeros_like(parameter) for key in ("exp_avg", "exp_avg_sq")}
-                adam.state[parameter].update(step=torch.zeros(()), **moments)
+                adam.state[parameter].update(step=torch.zeros((), device=parameter.device), **moments)
     hooks = [adam.register_load_state_dict_post_hook(_steps_to_numbers) for adam in adams]
     try:
         yield
@@ -94,7 +94,8 @@ def _loadable_adam(trainable: Trainable) -> Iterator[None]:
         for hook, adam in zip(hooks, adams, strict=True):
             hook.remove()
             for parameter in _parameters(adam):
-                adam.state[parameter]["step"] = torch.tensor(float(adam.state[parameter]["step"]))
+                step = float(adam.state[parameter]["step"])
+                adam.state[parameter]["step"] = torch.tensor(step, device=parameter.device)
 
 
 def _parameters(adam: torch.optim.Optimizer) -> list[torch.Tensor]:

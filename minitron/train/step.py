@@ -1,19 +1,16 @@
 """One optimizer step around Megatron's pipeline schedule."""
 
 import contextlib
-import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
-from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from megatron.core.pipeline_parallel.schedules import get_forward_backward_func
 from torch import Tensor
 
 from minitron.data.batch import Batch
-from minitron.errors import NumericsError
 from minitron.models.gpt import FinalState, forward_to_final_state
 from minitron.train.objective import Objective
 from minitron.train.optim import Trainable
@@ -29,11 +26,11 @@ class StepOutput:
     Attributes:
         terms: Loss and its parts, the mean over this rank's micro-batches (under context parallelism its share of
             that mean: the ranks' shares add up); empty off the last stage.
-        grad_norm: Global gradient norm before clipping.
+        grad_norm: Global gradient norm before clipping, a scalar on the device.
     """
 
     terms: dict[str, Tensor]
-    grad_norm: float
+    grad_norm: Tensor
 
 
 def train_step(
@@ -44,7 +41,9 @@ def train_step(
     group_size: int = 0,
     clip_grad: float = 1.0,
 ) -> StepOutput:
-    """Forward, backward, reduce, clip, update.
+    """Forward, backward, reduce, clip, update; the host waits for nothing.
+
+    A gradient that is not finite changes no weight; ``trainable.guard.check`` says so.
 
     Args:
         trainable: Model, optimizer and schedule.
@@ -53,21 +52,12 @@ def train_step(
         group_size: Micro-batches whose signals are held at once; 0 means all of them. Each group is a
             pipeline schedule of its own, so a small group trades a larger bubble for less memory.
         clip_grad: Largest gradient norm; 0 turns clipping off.
-
-    Raises:
-        NumericsError: The gradient is not finite; nothing has been updated.
     """
     trainable.zero_grad()
     terms = accumulate_gradients(trainable, objective, microbatches, group_size=group_size)
     trainable.optimizer.prepare_grads()
-    grad_norm = float(trainable.optimizer.get_grad_norm())
-    if not math.isfinite(grad_norm):
-        raise NumericsError(
-            f"gradient norm is {grad_norm}; the weights are unchanged. Lower lr, or train in fp32 to find out why"
-        )
-    if clip_grad > 0:
-        clip_grad_by_total_norm_fp32(trainable.optimizer.get_parameters(), clip_grad, grad_norm)
-    trainable.optimizer.step_with_ready_grads()
+    step = trainable.scheduler.num_steps  # counts from 1: see `make_trainable`
+    grad_norm = trainable.guard.update(trainable.optimizer, step=step, clip_grad=clip_grad)
     trainable.scheduler.step(1)
     return StepOutput(terms, grad_norm)
 

@@ -13,7 +13,6 @@ kernels count. Only what the matrix libraries keep for themselves does not.
 
 import argparse
 import statistics
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -22,10 +21,10 @@ import torch.nn.functional as F
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
-from torch.profiler import ProfilerActivity, profile
 
 from minitron.config.logit_loss import LogitLossConfig
 from minitron.losses import linear_distillation, logits_distillation
+from tests.helpers.bench import in_turn, peak_bytes
 
 
 @dataclass(frozen=True)
@@ -100,29 +99,13 @@ def backward(loss: Tensor, leaves: list[Tensor]) -> float:
     return loss.item()
 
 
-def peak_bytes_and_loss(case: Case) -> tuple[int, float]:
-    """Peak of what PyTorch's CPU allocator gave out during the call, less what it held before; a warm-up too."""
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as trace:
-        loss = case()
-    assert trace.profiler is not None
-    events = [event for event in trace.profiler.kineto_results.events() if event.name() == "[memory]"]
-    live = peak = 0
-    for event in sorted(events, key=lambda event: event.start_ns()):
-        live += event.nbytes()
-        peak = max(peak, live)
-    return peak, loss
-
-
 def measure(pair: tuple[Case, Case], repeats: int) -> list[Figures]:
     """Both sides in turn, so that a busy machine slows both."""
-    peaks_and_losses = [peak_bytes_and_loss(case) for case in pair]
-    seconds: list[list[float]] = [[], []]
-    for _ in range(repeats):
-        for case, times in zip(pair, seconds, strict=True):
-            start = time.perf_counter()
-            case()
-            times.append(time.perf_counter() - start)
-    return [Figures(statistics.median(s), *rest) for s, rest in zip(seconds, peaks_and_losses, strict=True)]
+    peaks_and_losses = [peak_bytes(case) for case in pair]
+    seconds = in_turn(dict(zip(("plain", "ours"), pair, strict=True)), repeats)
+    return [
+        Figures(statistics.median(times), *rest) for times, rest in zip(seconds.values(), peaks_and_losses, strict=True)
+    ]
 
 
 def main() -> None:

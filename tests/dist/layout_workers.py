@@ -56,7 +56,7 @@ def _distill(work: Work, counts: Counter[str] | None) -> list[Step]:
             if counts is not None and number == len(work.tokens_NGT):
                 _count(trainable, counts)
             output = train_step(trainable, objective, microbatches(tokens_GT, groups), group_size=work.group_size)
-            steps.append(Step(mean_terms(output.terms, groups)["loss"], output.grad_norm))
+            steps.append(Step(mean_terms(output.terms, groups)["loss"], output.grad_norm.item()))
         return steps
 
 

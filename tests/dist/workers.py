@@ -78,7 +78,7 @@ def distill(work: Work, *, stop: int = 0, states: Path | None = None, save: bool
         for tokens_GT in work.tokens_NGT[step:stop]:
             batches = microbatches(tokens_GT, groups)
             output = train_step(trainable, objective, batches, group_size=work.group_size)
-            steps.append(Step(mean_terms(output.terms, groups)["loss"], output.grad_norm))
+            steps.append(Step(mean_terms(output.terms, groups)["loss"], output.grad_norm.item()))
         if save:
             assert states is not None
             _queue_in_process()
