@@ -7,6 +7,7 @@ from rich.console import Console
 from minitron.cli.stages import CHECKPOINT_OF, stages_of
 from minitron.cli.worker import run_rank
 from minitron.config.compose import load_resolved, to_yaml
+from minitron.config.intermediate import find_matches
 from minitron.config.model import ModelConfig
 from minitron.config.parallel import check_layout
 from minitron.config.prune import check_target
@@ -90,11 +91,13 @@ def check_models(config: RunConfig) -> None:
         ModelError: The source cannot be imported.
         PruneError: The target does not fit it.
         LayoutError: The layout cannot split one of the two.
+        ConfigError: A pair of intermediate states names a layer that is not there.
     """
     source = source_model(config)
     target = check_target(source, config.prune)
     check_layout(source, config.parallel, who="teacher")
     check_layout(target, config.parallel, who="student")
+    find_matches(config.distill.intermediate, source, target, config.parallel)
     longest = min(source.max_position_embeddings, source.sliding_window or source.max_position_embeddings)
     if config.data.seq_length > longest:
         raise ModelError(

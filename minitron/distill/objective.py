@@ -6,12 +6,15 @@ and its loss reads the signal. Both models' logits exist only chunk by chunk, in
 """
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 from torch import Tensor
 
-from minitron.config.distill import CrossEntropyMixConfig, Mixing
+from minitron.config.distill import CrossEntropyMixConfig
+from minitron.config.mixing import Mixing
 from minitron.data.batch import Batch
+from minitron.distill.intermediate import IntermediateLosses
 from minitron.distill.teacher import Signal, Teacher
 from minitron.losses import linear_kl
 from minitron.models.gpt import FinalState
@@ -32,6 +35,7 @@ class Distillation:
         groups: This rank's process groups.
         sequence_parallel: Whether hidden states are split along the sequence.
         cross_entropy: How much cross-entropy with the labels is mixed in.
+        intermediate: Losses of this stage's intermediate states, where there are any.
     """
 
     teacher: Teacher
@@ -39,16 +43,28 @@ class Distillation:
     groups: Groups
     sequence_parallel: bool
     cross_entropy: CrossEntropyMixConfig
+    intermediate: IntermediateLosses | None = None
 
     def signals(self, microbatches: Sequence[Batch]) -> Sequence[Signal]:
         """Run the teacher."""
         return self.teacher.signals(microbatches)
+
+    def watch(self, batch: Batch, signal: object, scale: float) -> AbstractContextManager[None]:
+        """Compute the losses of intermediate states in the forward pass inside the block."""
+        assert isinstance(signal, Signal)
+        return self.intermediate.watch(batch, signal.states, scale) if self.intermediate else nullcontext()
+
+    def drain(self) -> dict[str, Tensor]:
+        """The losses of this stage's intermediate states."""
+        return self.intermediate.drain() if self.intermediate else {}
 
     def loss(self, state: FinalState, batch: Batch, signal: object) -> Loss:
         """Mean loss per token, and its parts unweighted."""
         assert isinstance(signal, Signal)
         total = self._logit_loss(state, batch, signal)
         terms = {"forward_kl": total.detach().clone()}
+        if self.intermediate:
+            self.intermediate.balance(total.detach())
         if self.cross_entropy.weight:
             plain = CrossEntropy(self.vocab_size, self.groups, self.sequence_parallel).loss(state, batch, None)
             weight: float | Tensor = self.cross_entropy.weight

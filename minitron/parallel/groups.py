@@ -59,6 +59,15 @@ class Groups:
         """Number of ranks."""
         return torch.distributed.get_world_size()
 
+    def new_pipeline_group(self) -> ProcessGroup:
+        """Another group of the ranks of `pp`, for messages that must not mix with those of Megatron's schedules.
+
+        All ranks of `pp` call it together. The caller destroys it.
+        """
+        ranks = torch.distributed.get_process_group_ranks(self.pp)
+        group: ProcessGroup = torch.distributed.new_group(ranks, use_local_synchronization=True)
+        return group
+
 
 @contextlib.contextmanager
 def model_parallel(parallel: ParallelConfig, *, seed: int) -> Iterator[Groups]:

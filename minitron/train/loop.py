@@ -101,15 +101,18 @@ def _every(interval: int, step: int) -> bool:
 
 
 def _logged(output: StepOutput, job: TrainJob) -> dict[str, float]:
-    """The step's terms, averaged over data-parallel ranks and known on every rank."""
-    shared: list[object] = [None]
-    if job.groups.is_last_stage:
-        names = sorted(output.terms)
+    """The step's terms, averaged over data-parallel ranks, summed over stages, and known on every rank."""
+    names = sorted(output.terms)
+    mine: dict[str, float] = {}
+    if names:
         values = torch.stack([output.terms[name].double() for name in names])
         torch.distributed.all_reduce(values, group=job.groups.dp)
         values /= job.groups.dp.size()
-        shared = [dict(zip(names, values.tolist(), strict=True))]
-    torch.distributed.broadcast_object_list(shared, src=job.groups.last_stage_source, group=job.groups.pp)
-    terms = shared[0]
-    assert isinstance(terms, dict)
+        mine = dict(zip(names, values.tolist(), strict=True))
+    stages: list[dict[str, float]] = [{}] * job.groups.pp.size()
+    torch.distributed.all_gather_object(stages, mine, group=job.groups.pp)
+    terms: dict[str, float] = {}
+    for stage in stages:
+        for name, value in stage.items():
+            terms[name] = terms.get(name, 0.0) + value
     return {**terms, "grad_norm": output.grad_norm}

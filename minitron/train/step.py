@@ -26,7 +26,8 @@ class StepOutput:
     """What one step leaves behind.
 
     Attributes:
-        terms: Loss and its parts, the mean over this rank's micro-batches; empty off the last stage.
+        terms: Loss and its parts, the mean over this rank's micro-batches. They add up over the pipeline stages;
+            most come from the last one alone.
         grad_norm: Global gradient norm before clipping.
     """
 
@@ -89,7 +90,11 @@ def accumulate_gradients(
     finally:
         trainable.config.finalize_model_grads_func = finalize
     names = collected[0].keys() if collected else ()
-    return {name: torch.stack([terms[name] for terms in collected]).mean() for name in names}
+    terms = {name: torch.stack([terms[name] for terms in collected]).mean() for name in names}
+    for name, total in objective.drain().items():
+        mean = total / len(microbatches)
+        terms[name] = terms[name] + mean if name in terms else mean
+    return terms
 
 
 def _run_schedule(
@@ -98,7 +103,7 @@ def _run_schedule(
     batch = work[0][0]
     schedule = get_forward_backward_func()
     collected: list[dict[str, Tensor]] = schedule(
-        forward_step_func=partial(_forward_step, objective, share),
+        forward_step_func=partial(_forward_step, objective, share, len(work)),
         data_iterator=iter(work),
         model=[trainable.ddp],
         num_microbatches=len(work),
@@ -110,10 +115,11 @@ def _run_schedule(
 
 
 def _forward_step(
-    objective: Objective, share: float, iterator: Iterator[Work], model: torch.nn.Module
+    objective: Objective, share: float, num_microbatches: int, iterator: Iterator[Work], model: torch.nn.Module
 ) -> tuple[Any, Any]:
     batch, signal = next(iterator)
-    output = forward_to_final_state(model, batch)
+    with objective.watch(batch, signal, share / num_microbatches):
+        output = forward_to_final_state(model, batch)
 
     def loss_of(state: FinalState) -> tuple[Tensor, dict[str, Tensor]]:
         loss = objective.loss(state, batch, signal)
