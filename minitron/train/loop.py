@@ -1,11 +1,12 @@
 """The training loop: step, metrics, validation, checkpoint, until the tokens are used up."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from minitron.config.train import TrainConfig
 from minitron.data.loader import TrainBatches
@@ -16,7 +17,7 @@ from minitron.train.heldout import HeldoutLoss
 from minitron.train.objective import Objective
 from minitron.train.optim import Trainable
 from minitron.train.state import load_state, save_state
-from minitron.train.step import StepOutput, train_step
+from minitron.train.step import train_step
 
 
 @dataclass(frozen=True)
@@ -78,7 +79,7 @@ def train(job: TrainJob) -> dict[str, float]:
         last = step == num_steps
         validates = last or _every(settings.eval_interval_steps, step)
         if last or validates or _every(settings.log_interval_steps, step):
-            values = _logged(output, job)
+            values = {**share_terms(output.terms, job.groups), "grad_norm": output.grad_norm}
             now = time.monotonic()
             speed = (step - clock_step) * settings.tokens_per_step(job.seq_length) / (now - clock)
             if validates:
@@ -100,19 +101,19 @@ def _every(interval: int, step: int) -> bool:
     return interval > 0 and step % interval == 0
 
 
-def _logged(output: StepOutput, job: TrainJob) -> dict[str, float]:
-    """The step's terms, averaged over data-parallel ranks, summed over stages, and known on every rank."""
-    names = sorted(output.terms)
+def share_terms(terms: Mapping[str, Tensor], groups: Groups) -> dict[str, float]:
+    """A step's terms, averaged over data-parallel ranks, summed over stages, and known on every rank."""
+    names = sorted(terms)
     mine: dict[str, float] = {}
     if names:
-        values = torch.stack([output.terms[name].double() for name in names])
-        torch.distributed.all_reduce(values, group=job.groups.dp)
-        values /= job.groups.dp.size()
+        values = torch.stack([terms[name].double() for name in names])
+        torch.distributed.all_reduce(values, group=groups.dp)
+        values /= groups.dp.size()
         mine = dict(zip(names, values.tolist(), strict=True))
-    stages: list[dict[str, float]] = [{}] * job.groups.pp.size()
-    torch.distributed.all_gather_object(stages, mine, group=job.groups.pp)
-    terms: dict[str, float] = {}
+    stages: list[dict[str, float]] = [{}] * groups.pp.size()
+    torch.distributed.all_gather_object(stages, mine, group=groups.pp)
+    summed: dict[str, float] = {}
     for stage in stages:
         for name, value in stage.items():
-            terms[name] = terms.get(name, 0.0) + value
-    return {**terms, "grad_norm": output.grad_norm}
+            summed[name] = summed.get(name, 0.0) + value
+    return summed
