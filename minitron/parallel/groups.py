@@ -62,11 +62,13 @@ class Groups:
     def new_pipeline_group(self) -> ProcessGroup:
         """Another group of the ranks of `pp`, for messages that must not mix with those of Megatron's schedules.
 
-        All ranks of `pp` call it together. The caller destroys it.
+        All ranks of the job call it together. The caller destroys it.
         """
-        ranks = torch.distributed.get_process_group_ranks(self.pp)
-        group: ProcessGroup = torch.distributed.new_group(ranks, use_local_synchronization=True)
-        return group
+        everywhere: list[tuple[int, ...]] = [()] * self.world_size
+        torch.distributed.all_gather_object(everywhere, tuple(torch.distributed.get_process_group_ranks(self.pp)))
+        # Every rank takes part in making every group, its own or not, in one order.
+        made = {ranks: torch.distributed.new_group(list(ranks)) for ranks in sorted(set(everywhere))}
+        return made[everywhere[self.world_rank]]
 
 
 @contextlib.contextmanager
