@@ -68,7 +68,8 @@ class Groups:
         torch.distributed.all_gather_object(everywhere, tuple(torch.distributed.get_process_group_ranks(self.pp)))
         # Every rank takes part in making every group, its own or not, in one order.
         made = {ranks: torch.distributed.new_group(list(ranks)) for ranks in sorted(set(everywhere))}
-        return made[everywhere[self.world_rank]]
+        mine: ProcessGroup = made[everywhere[self.world_rank]]
+        return mine
 
 
 @contextlib.contextmanager

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from minitron.cli.job import check_models
 from minitron.config.compose import compose_run, load_resolved, to_yaml
 from minitron.config.intermediate import IntermediateConfig, Match, State, StateKind, find_matches
 from minitron.config.model import Architecture, ModelConfig
@@ -92,3 +93,8 @@ def test_pairs_survive_the_resolved_file(tmp_path: Path) -> None:
     path = tmp_path / "resolved.yaml"
     path.write_text(to_yaml(run))  # an unquoted 29:13 is the number 1753 in YAML 1.1
     assert load_resolved(path) == run
+
+
+def test_a_layer_that_is_not_there_stops_the_run_before_it_starts() -> None:
+    with pytest.raises(ConfigError, match="layer 99 of the teacher, whose layers are 0 to 3"):
+        check_models(compose_run(["experiment=tiny", "distill.intermediate.mlp_input=[99:0]"]))
