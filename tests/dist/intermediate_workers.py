@@ -108,5 +108,6 @@ def _distillation(work: Work, config: IntermediateConfig) -> Iterator[tuple[Trai
             device=torch.device("cpu"),
         ) as (states, losses):
             trainable = make_trainable(student, train, groups, seq_length=length - 1)
-            source, mix = OnlineTeacher(teacher, states), CrossEntropyMixConfig()
-            yield trainable, Distillation(source, models[1].vocab_size, groups, False, mix, losses), groups
+            source, split = OnlineTeacher(teacher, states), work.parallel.sequence_parallel
+            mix = CrossEntropyMixConfig()
+            yield trainable, Distillation(source, models[1].vocab_size, groups, split, mix, losses), groups
