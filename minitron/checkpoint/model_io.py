@@ -17,6 +17,9 @@ from minitron.checkpoint.folder import WEIGHTS_DIR, weights_dir
 from minitron.checkpoint.store import CheckpointReader
 from minitron.errors import CheckpointError
 
+TRAINING_ONLY = "training_only"
+"""Name of a submodule that is trained with a model and belongs to the training state, but not to the model."""
+
 
 def load_model(gpt: Iterable[GPTModel], folder: Path) -> None:
     """Fill this rank's part of a model from a checkpoint folder, resharding as needed.
@@ -84,8 +87,11 @@ def _one_line(error: BaseException) -> str:
 
 
 def _weights(gpt: Iterable[GPTModel]) -> ShardedStateDict:
-    """Leave out FP8 histories: they mean nothing after slicing, and the CPU has none."""
+    """Leave out FP8 histories, which mean nothing after slicing (and the CPU has none), and what is no weight of it."""
+    training = f"{TRAINING_ONLY}."
     return {
-        name: {key: value for key, value in state.items() if not key.endswith("_extra_state")}
+        name: {
+            key: value for key, value in state.items() if not (key.endswith("_extra_state") or key.startswith(training))
+        }
         for name, state in sharded_weights(gpt).items()
     }

@@ -10,6 +10,7 @@ from minitron.cli.stages import lines_of, stages_of
 from minitron.cli.turn import in_turn
 from minitron.cli.worker import run_rank
 from minitron.config.compose import load_resolved, to_yaml
+from minitron.config.intermediate import find_matches
 from minitron.config.model import ModelConfig
 from minitron.config.parallel import check_layout
 from minitron.config.prune import check_target
@@ -120,6 +121,7 @@ def check_models(config: RunConfig) -> None:
         ModelError: The source cannot be imported.
         PruneError: The target does not fit it.
         LayoutError: The layout cannot split one of the two.
+        ConfigError: A pair of intermediate states names a layer that is not there.
     """
     source = source_model(config)
     own = own_layout(config.distill, config.parallel)
@@ -132,8 +134,10 @@ def check_models(config: RunConfig) -> None:
     students: dict[str, ModelConfig] = {}
     for line in lines_of(config):
         before = students[line.source.step] if line.source else source
-        students[line.step] = check_target(before, line.config.prune)
-        check_layout(students[line.step], config.parallel, who=f"student {line.step}".rstrip())
+        student = students[line.step] = check_target(before, line.config.prune)
+        check_layout(student, config.parallel, who=f"student {line.step}".rstrip())
+        beside = students[line.teacher.step] if line.teacher else teacher
+        find_matches(config.distill.intermediate, beside, student, config.parallel)
     for model in (source, teacher):
         longest = min(model.max_position_embeddings, model.sliding_window or model.max_position_embeddings)
         if config.data.seq_length > longest:

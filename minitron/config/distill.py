@@ -2,19 +2,13 @@
 
 import math
 from dataclasses import dataclass, field
-from enum import StrEnum
 
+from minitron.config.intermediate import IntermediateConfig
 from minitron.config.logit_loss import LogitLossConfig
+from minitron.config.mixing import Mixing
 from minitron.config.precision import Dtype
 from minitron.config.train import TrainConfig
 from minitron.errors import ConfigError
-
-
-class Mixing(StrEnum):
-    """How a second loss is weighed against the logit loss."""
-
-    fixed = "fixed"
-    scaled = "scaled"
 
 
 @dataclass(kw_only=True)
@@ -69,5 +63,7 @@ class DistillConfig:
     """Loss between the teacher's and the student's distributions."""
     cross_entropy: CrossEntropyMixConfig = field(default_factory=CrossEntropyMixConfig)
     """Cross-entropy with the labels, mixed in."""
+    intermediate: IntermediateConfig = field(default_factory=IntermediateConfig)
+    """Losses between hidden states inside the two models."""
     teacher_microbatches: int = 0
     """Most micro-batches whose teacher states wait at once; 0 holds a whole step's."""

@@ -3,7 +3,7 @@
 from minitron.config.line import check_chain
 from minitron.config.parallel import ParallelConfig
 from minitron.config.run import RunConfig, SourceKind
-from minitron.config.teacher_layout import own_layout
+from minitron.config.teacher_layout import TeacherLayout, own_layout
 from minitron.config.train import check_train
 from minitron.config.trainings import in_step, settings_of
 from minitron.errors import ConfigError
@@ -25,7 +25,9 @@ def validate(run: RunConfig) -> None:
     for number, step in enumerate(run.chain):
         train = in_step(run, step).distill.train
         check_train(train, run.parallel, seq_length=seq_length, who=f"chain.{number} ({step.name})")
-    own_layout(run.distill, run.parallel)
+    own = own_layout(run.distill, run.parallel)
+    if run.distill.intermediate.enabled:
+        _check_intermediate(run.parallel, own)
     group, stages = run.distill.teacher_microbatches, run.parallel.pipeline_model_parallel_size
     if run.parallel.num_chunks > 1 and group % stages:
         raise ConfigError(
@@ -38,6 +40,29 @@ def validate(run: RunConfig) -> None:
             f"eval.num_tokens={run.eval.num_tokens} is less than one sequence of data.seq_length={seq_length} tokens"
         )
     _check_split_sequence(seq_length, run.parallel)
+
+
+def _check_intermediate(parallel: ParallelConfig, own: TeacherLayout | None) -> None:
+    """Where both models' states are seen: in the forward pass, whole sequences at a time, in one layout."""
+    for name, bad, why in (
+        ("distill.teacher.parallel or distill.teacher.micro_batch_size", own is not None, "states are sent by stage"),
+        (
+            "parallel.virtual_pipeline_model_parallel_size",
+            parallel.num_chunks > 1,
+            "a stage's losses are settled once a forward pass",
+        ),
+        ("parallel.context_parallel_size", parallel.context_parallel_size > 1, "relations need whole sequences"),
+        (
+            "parallel.recompute_granularity",
+            parallel.recompute_granularity is not None,
+            "a state that is computed twice would count twice",
+        ),
+    ):
+        if bad:
+            raise ConfigError(
+                f"distill.intermediate is not offered together with {name} ({why}); leave that at its default, or "
+                "distill.intermediate without pairs"
+            )
 
 
 def _check_split_sequence(seq_length: int, parallel: ParallelConfig) -> None:

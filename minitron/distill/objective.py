@@ -6,13 +6,16 @@ and its loss reads the signal. Both models' logits exist only chunk by chunk, in
 """
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from minitron.config.distill import DistillConfig, Mixing
+from minitron.config.distill import DistillConfig
+from minitron.config.mixing import Mixing
 from minitron.data.batch import Batch
+from minitron.distill.intermediate import IntermediateLosses
 from minitron.distill.teacher import Signal, Teacher
 from minitron.losses import linear_distillation
 from minitron.models.gpt import FinalState
@@ -35,6 +38,7 @@ class Distillation:
         recipe: The losses and their weights.
         common_vocab_size: Ids that teacher and student both have, on which they are compared; None for all of
             ``vocab_size``.
+        intermediate: Losses of this stage's intermediate states, where there are any.
     """
 
     teacher: Teacher
@@ -43,16 +47,28 @@ class Distillation:
     sequence_parallel: bool
     recipe: DistillConfig
     common_vocab_size: int | None = None
+    intermediate: IntermediateLosses | None = None
 
     def signals(self, microbatches: Sequence[Batch]) -> Sequence[Signal]:
         """Run the teacher."""
         return self.teacher.signals(microbatches)
+
+    def watch(self, batch: Batch, signal: object, scale: float) -> AbstractContextManager[None]:
+        """Compute the losses of intermediate states in the forward pass inside the block."""
+        assert isinstance(signal, Signal)
+        return self.intermediate.watch(batch, signal.states, scale) if self.intermediate else nullcontext()
+
+    def drain(self) -> dict[str, Tensor]:
+        """The losses of this stage's intermediate states."""
+        return self.intermediate.drain() if self.intermediate else {}
 
     def loss(self, state: FinalState, batch: Batch, signal: object) -> Loss:
         """Mean loss per token, and its parts unweighted."""
         assert isinstance(signal, Signal)
         total = self._logit_loss(state, batch, signal)
         terms = {self.recipe.logit_loss.kind.value: total.detach().clone()}
+        if self.intermediate:
+            self.intermediate.balance(total.detach())
         mix = self.recipe.cross_entropy
         if mix.weight:
             plain = CrossEntropy(self.vocab_size, self.groups, self.sequence_parallel).loss(state, batch, None)

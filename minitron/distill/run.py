@@ -1,15 +1,21 @@
 """The distill stage: teacher and student from checkpoint folders, a distilled checkpoint folder out."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 from minitron.checkpoint.folder import copy_side_files, read_model_config
+from minitron.config.model import ModelConfig
 from minitron.config.precision import PrecisionConfig
 from minitron.config.teacher_layout import own_layout
 from minitron.config.train import TrainConfig
+from minitron.distill.intermediate import IntermediateLosses, intermediate_losses
 from minitron.distill.objective import Distillation
 from minitron.distill.relayout import load_relayout_teacher
 from minitron.distill.teacher import OnlineTeacher, Teacher, freeze
 from minitron.distill.vocabulary import common_vocab_size
+from minitron.models.gpt import Chunks
 from minitron.models.load import load_gpt
 from minitron.models.transformer_config import padded_vocab_size
 from minitron.runtime.session import Session
@@ -33,29 +39,25 @@ def distill(
     Raises:
         ModelError: The two models' tokenizers differ.
     """
-    recipe = session.config.distill
+    recipe, parallel = session.config.distill, session.config.parallel
     common = common_vocab_size(teacher, start.folder)
     source = load_teacher(session, teacher, student_vocab_size=read_model_config(start.folder).vocab_size)
     student_gpt, student_model = start.load(session)
-    objective = Distillation(
-        source,
-        student_model.vocab_size,
-        session.groups,
-        session.config.parallel.sequence_parallel,
-        recipe,
-        common,
-    )
-    summary = train_to_folder(
-        session,
-        stage=stage,
-        gpt=student_gpt,
-        model=student_model,
-        objective=objective,
-        settings=settings,
-        data=data,
-        out=out,
-        group_size=recipe.teacher_microbatches,
-    )
+    with _intermediate(session, teacher, source, (student_gpt, student_model)) as (source, losses):
+        objective = Distillation(
+            source, student_model.vocab_size, session.groups, parallel.sequence_parallel, recipe, common, losses
+        )
+        summary = train_to_folder(
+            session,
+            stage=stage,
+            gpt=student_gpt,
+            model=student_model,
+            objective=objective,
+            settings=settings,
+            data=data,
+            out=out,
+            group_size=recipe.teacher_microbatches,
+        )
     if session.is_main:
         copy_side_files(start.folder, out)
     return summary
@@ -78,3 +80,26 @@ def load_teacher(session: Session, folder: Path, *, student_vocab_size: int) -> 
     beside = config.parallel.for_teacher(read_model_config(folder).num_layers)
     gpt, _ = load_gpt(folder, session, parallel=beside, precision=precision, vocab_rows=rows)
     return OnlineTeacher(freeze(gpt))
+
+
+@contextmanager
+def _intermediate(
+    session: Session, folder: Path, teacher: Teacher, student: tuple[Chunks, ModelConfig]
+) -> Iterator[tuple[Teacher, IntermediateLosses | None]]:
+    """The teacher with its intermediate states recorded, and the losses between them and the student's."""
+    config = session.config
+    if not config.distill.intermediate.enabled:
+        yield teacher, None
+        return
+    assert isinstance(teacher, OnlineTeacher), "a teacher of another kind is refused when the run is composed"
+    [teacher_gpt], [student_gpt] = teacher.gpt, student[0]
+    with intermediate_losses(
+        config.distill.intermediate,
+        config.parallel,
+        session.groups,
+        teacher=(teacher_gpt, read_model_config(folder)),
+        student=(student_gpt, student[1]),
+        seed=config.seed,
+        device=session.torch_device,
+    ) as (states, losses):
+        yield replace(teacher, states=states), losses

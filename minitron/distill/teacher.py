@@ -1,12 +1,14 @@
 """Where the teacher's signal comes from. Every source gives a `Signal` for each micro-batch."""
 
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Protocol
 
 from torch import Tensor
 
 from minitron.data.batch import Batch
+from minitron.distill.states import TeacherStates
 from minitron.models.gpt import Chunks, FinalState
 from minitron.train.heldout import forward_only
 
@@ -40,14 +42,18 @@ class OnlineTeacher:
 
     Attributes:
         gpt: The teacher; frozen and in evaluation mode (see `freeze`).
+        states: Its intermediate states, where the student is pulled towards any.
     """
 
     gpt: Chunks
+    states: TeacherStates | None = None
 
     def signals(self, microbatches: Sequence[Batch]) -> list[Signal]:
         """Run a forward-only schedule; the final states stay on the last pipeline stage."""
-        finals = forward_only(self.gpt, microbatches, lambda state, _batch: state)
-        return [Signal(final) for final in finals] if finals else [Signal()] * len(microbatches)
+        with self.states.recording() if self.states else nullcontext():
+            finals = forward_only(self.gpt, microbatches, lambda state, _batch: state)
+        states = self.states.deliver(microbatches) if self.states else [{}] * len(microbatches)
+        return [Signal(f, s) for f, s in zip(finals or [None] * len(microbatches), states, strict=True)]
 
 
 def freeze(gpt: Chunks) -> Chunks:

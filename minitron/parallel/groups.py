@@ -77,6 +77,18 @@ class Groups:
         """Number of ranks."""
         return torch.distributed.get_world_size()
 
+    def new_pipeline_group(self) -> ProcessGroup:
+        """Another group of the ranks of `pp`, for messages that must not mix with those of Megatron's schedules.
+
+        All ranks of the job call it together. The caller destroys it.
+        """
+        everywhere: list[tuple[int, ...]] = [()] * self.world_size
+        torch.distributed.all_gather_object(everywhere, tuple(torch.distributed.get_process_group_ranks(self.pp)))
+        # Every rank takes part in making every group, its own or not, in one order.
+        made = {ranks: torch.distributed.new_group(list(ranks)) for ranks in sorted(set(everywhere))}
+        mine: ProcessGroup = made[everywhere[self.world_rank]]
+        return mine
+
 
 @contextlib.contextmanager
 def model_parallel(parallel: ParallelConfig, *, seed: int) -> Iterator[Groups]:

@@ -1,7 +1,7 @@
 """The training loop: step, metrics, validation, checkpoint, until the tokens are used up."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -110,22 +110,25 @@ def _every(interval: int, step: int) -> bool:
     return interval > 0 and step % interval == 0
 
 
-def mean_terms(terms: dict[str, Tensor], groups: Groups) -> dict[str, float]:
+def mean_terms(terms: Mapping[str, Tensor], groups: Groups) -> dict[str, float]:
     """A step's loss and its parts, over all ranks and known on every rank.
 
     Args:
-        terms: This rank's (see `StepOutput`): averaged over data-parallel ranks; the shares of context-parallel
-            ranks add up.
+        terms: This rank's (see `StepOutput`): averaged over data-parallel ranks, summed over stages; the shares of
+            context-parallel ranks add up.
         groups: This rank's process groups.
     """
-    shared: list[object] = [None]
-    if groups.is_last_stage:
-        names = sorted(terms)
+    names = sorted(terms)
+    mine: dict[str, float] = {}
+    if names:
         values = torch.stack([terms[name].double() for name in names])
         torch.distributed.all_reduce(values, group=groups.dp_cp)
         values /= groups.dp.size()
-        shared = [dict(zip(names, values.tolist(), strict=True))]
-    torch.distributed.broadcast_object_list(shared, src=groups.last_stage_source, group=groups.pp)
-    means = shared[0]
-    assert isinstance(means, dict)
-    return means
+        mine = dict(zip(names, values.tolist(), strict=True))
+    stages: list[dict[str, float]] = [{}] * groups.pp.size()
+    torch.distributed.all_gather_object(stages, mine, group=groups.pp)
+    summed: dict[str, float] = {}
+    for stage in stages:
+        for name, value in stage.items():
+            summed[name] = summed.get(name, 0.0) + value
+    return summed

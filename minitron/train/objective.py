@@ -1,6 +1,7 @@
 """What a training method gives the loop: signals for a group of micro-batches, and a loss."""
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -33,8 +34,23 @@ class Objective(Protocol):
         """Prepare what the loss of each micro-batch needs (a teacher's states), before the student runs."""
         ...
 
+    def watch(self, batch: Batch, signal: object, scale: float) -> AbstractContextManager[None]:
+        """A block around the forward pass of one micro-batch, on every pipeline stage.
+
+        Args:
+            batch: The micro-batch.
+            signal: Its signal.
+            scale: What its loss is multiplied by on the way to the step's mean; a loss that a stage adds to the
+                gradient by itself must be too.
+        """
+        ...
+
     def loss(self, state: FinalState, batch: Batch, signal: object) -> Loss:
         """The loss of one micro-batch, on the last pipeline stage."""
+        ...
+
+    def drain(self) -> dict[str, Tensor]:
+        """What this stage adds to the terms of `loss` by itself: sums over the micro-batches since the last call."""
         ...
 
 
@@ -55,6 +71,14 @@ class CrossEntropy:
     def signals(self, microbatches: Sequence[Batch]) -> Sequence[object]:
         """Nothing to prepare: the labels are in the batch."""
         return [None] * len(microbatches)
+
+    def watch(self, batch: Batch, signal: object, scale: float) -> AbstractContextManager[None]:
+        """Nothing to see inside the model."""
+        return nullcontext()
+
+    def drain(self) -> dict[str, Tensor]:
+        """Nothing but the loss."""
+        return {}
 
     def loss(self, state: FinalState, batch: Batch, signal: object) -> Loss:
         """Mean cross-entropy of the next token."""

@@ -25,7 +25,8 @@ class StepOutput:
 
     Attributes:
         terms: Loss and its parts, the mean over this rank's micro-batches (under context parallelism its share of
-            that mean: the ranks' shares add up); empty off the last stage.
+            that mean). They add up over context-parallel ranks and over pipeline stages; most come from the last
+            stage alone.
         grad_norm: Global gradient norm before clipping, a scalar on the device.
     """
 
@@ -84,7 +85,11 @@ def accumulate_gradients(
     finally:
         config.finalize_model_grads_func, config.no_sync_func = finalize, None
     names = collected[0].keys() if collected else ()
-    return {name: torch.stack([terms[name] for terms in collected]).mean() for name in names}
+    terms = {name: torch.stack([terms[name] for terms in collected]).mean() for name in names}
+    for name, total in objective.drain().items():
+        mean = total / len(microbatches)
+        terms[name] = terms[name] + mean if name in terms else mean
+    return terms
 
 
 def _run_schedule(
@@ -96,7 +101,7 @@ def _run_schedule(
         pp_size=config.pipeline_model_parallel_size, vp_size=config.virtual_pipeline_model_parallel_size
     )
     collected: list[dict[str, Tensor]] = schedule(
-        forward_step_func=partial(_forward_step, objective, share),
+        forward_step_func=partial(_forward_step, objective, share, len(work)),
         data_iterator=[iter(work) for _ in trainable.ddp],
         model=trainable.ddp,
         num_microbatches=len(work),
@@ -108,10 +113,11 @@ def _run_schedule(
 
 
 def _forward_step(
-    objective: Objective, share: float, iterator: Iterator[Work], model: torch.nn.Module
+    objective: Objective, share: float, num_microbatches: int, iterator: Iterator[Work], model: torch.nn.Module
 ) -> tuple[Any, Any]:
     batch, signal = next(iterator)
-    output = forward_to_final_state(model, batch)
+    with objective.watch(batch, signal, share / num_microbatches):
+        output = forward_to_final_state(model, batch)
 
     def loss_of(state: FinalState) -> tuple[Tensor, dict[str, Tensor]]:
         loss = objective.loss(state, batch, signal)

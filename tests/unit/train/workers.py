@@ -119,6 +119,12 @@ class Poisoned:
         self.step += 1
         return [None] * len(microbatches)
 
+    def watch(self, batch: Batch, signal: object, scale: float) -> contextlib.AbstractContextManager[None]:
+        return self.inner.watch(batch, signal, scale)
+
+    def drain(self) -> dict[str, Tensor]:
+        return self.inner.drain()
+
     def loss(self, state: FinalState, batch: Batch, signal: object) -> Loss:
         loss = self.inner.loss(state, batch, signal)
         bad = self.step == self.bad_step and self.inner.groups.dp_rank == 0

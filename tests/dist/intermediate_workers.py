@@ -1,0 +1,115 @@
+"""What the ranks run in the tests of intermediate losses. Imports no transformers: workers import this file."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from minitron.checkpoint.folder import read_model_config
+from minitron.checkpoint.model_io import TRAINING_ONLY, save_model
+from minitron.config.distill import DistillConfig
+from minitron.config.intermediate import IntermediateConfig
+from minitron.config.train import TrainConfig
+from minitron.distill.intermediate import intermediate_losses
+from minitron.distill.objective import Distillation
+from minitron.distill.teacher import OnlineTeacher, freeze
+from minitron.parallel.groups import Groups
+from minitron.train.loop import mean_terms
+from minitron.train.optim import Trainable, make_trainable
+from minitron.train.state import load_state, save_state
+from minitron.train.step import accumulate_gradients, train_step
+from tests.dist import workers
+from tests.dist.workers import Work, microbatches
+
+SEED = 5
+"""Of the projection."""
+
+
+@dataclass(frozen=True)
+class Gradients:
+    """The first step: its terms and gradient norm, and the projection's gradient; the others are in a folder."""
+
+    terms: dict[str, float]
+    grad_norm: float
+    projection: Tensor | None
+
+
+def first_gradients(work: Work, config: IntermediateConfig, out: Path, *, micro_batch_size: int = 1) -> Gradients:
+    """Gradients of the first step, written under ``out`` as if they were weights."""
+    with _distillation(work, config) as (trainable, objective, groups):
+        batches = microbatches(work.tokens_NGT[0], groups, size=micro_batch_size)
+        trainable.zero_grad()
+        terms = accumulate_gradients(trainable, objective, batches, group_size=work.group_size)
+        workers._gather_gradients(trainable, groups)
+        trainable.optimizer.prepare_grads()
+        norm = float(trainable.optimizer.get_grad_norm())
+        with torch.no_grad():
+            for parameter in trainable.gpt.parameters():
+                parameter.copy_(parameter.main_grad)  # type: ignore[attr-defined]
+        workers._queue_in_process()
+        save_model(trainable.gpt, out)
+        return Gradients(mean_terms(terms, groups), norm, _projection(trainable))
+
+
+@dataclass(frozen=True)
+class Steps:
+    """Terms and gradient norm of each step, and the projection at the end."""
+
+    terms: list[dict[str, float]]
+    projection: Tensor | None
+
+
+def distill(
+    work: Work, config: IntermediateConfig, *, stop: int = 0, states: Path | None = None, save: bool = False
+) -> Steps:
+    """Distill from the newest state up to step ``stop`` (0: to the end)."""
+    stop = stop or len(work.tokens_NGT)
+    with _distillation(work, config) as (trainable, objective, groups):
+        step = 0 if states is None else load_state(trainable, states)
+        terms = []
+        for tokens_GT in work.tokens_NGT[step:stop]:
+            output = train_step(trainable, objective, microbatches(tokens_GT, groups), group_size=work.group_size)
+            terms.append({**mean_terms(output.terms, groups), "grad_norm": output.grad_norm.item()})
+        if save:
+            assert states is not None
+            workers._queue_in_process()
+            save_state(trainable, states, step=stop)
+        return Steps(terms, _projection(trainable))
+
+
+def _projection(trainable: Trainable) -> Tensor | None:
+    module = getattr(next(iter(trainable.gpt)), TRAINING_ONLY, None)
+    return None if module is None else module.weight.detach().clone()
+
+
+@contextmanager
+def _distillation(work: Work, config: IntermediateConfig) -> Iterator[tuple[Trainable, Distillation, Groups]]:
+    num_steps, size, length = work.tokens_NGT.shape
+    train = TrainConfig(
+        num_tokens=num_steps * size * (length - 1),
+        global_batch_size=size,
+        lr=1e-2,
+        min_lr=1e-3,
+        lr_warmup_steps=1,
+    )
+    models = read_model_config(work.teacher), read_model_config(work.student)
+    with workers.in_layout(work.parallel) as groups:
+        teacher, student = (workers._load(folder, work.parallel, groups) for folder in (work.teacher, work.student))
+        with intermediate_losses(
+            config,
+            work.parallel,
+            groups,
+            teacher=(next(iter(freeze(teacher))), models[0]),
+            student=(next(iter(student)), models[1]),
+            seed=SEED,
+            device=torch.device("cpu"),
+        ) as (states, losses):
+            trainable = make_trainable(student, train, work.parallel, groups, seq_length=length - 1)
+            source, split = OnlineTeacher(teacher, states), work.parallel.sequence_parallel
+            objective = Distillation(
+                source, models[1].vocab_size, groups, split, DistillConfig(), intermediate=losses
+            )
+            yield trainable, objective, groups
