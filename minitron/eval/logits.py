@@ -7,7 +7,7 @@ from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
 from torch import Tensor
 
-from minitron.data.batch import Batch
+from minitron.data.batch import NO_SAMPLE, Batch
 from minitron.data.loader import heldout_batches
 from minitron.models.gpt import FinalState
 from minitron.parallel.groups import Groups
@@ -42,6 +42,7 @@ def model_logits(
         labels_BS=tokens_BS,
         position_ids_BS=torch.arange(length, device=tokens_BS.device).repeat(size, 1),
         loss_mask_BS=torch.ones(size, length, device=tokens_BS.device),
+        sample_index_B=torch.full((size,), NO_SAMPLE),
     )
 
     def logits_of(state: FinalState, _batch: Batch) -> Tensor:
