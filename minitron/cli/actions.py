@@ -8,11 +8,14 @@ import torch
 
 from minitron.checkpoint.folder import is_checkpoint_folder, read_model_config
 from minitron.cli.exporting import export
-from minitron.cli.stages import CHECKPOINT_OF
+from minitron.cli.stages import CHECKPOINT_OF, teacher_digest
 from minitron.config.compose import to_yaml
+from minitron.config.distill import TeacherSource
 from minitron.config.run import SourceKind
 from minitron.data.build import build_dataset
 from minitron.data.summary import Split, require_tokens
+from minitron.distill.cache_plan import cache_identity
+from minitron.distill.cache_write import write_teacher_logits
 from minitron.distill.run import distill
 from minitron.eval.run import check_better_than_chance, evaluate
 from minitron.models.axes import num_embedding_parameters, num_parameters
@@ -44,6 +47,7 @@ def act(stage: str, session: Session, out: Path) -> Values:
         "data": _data,
         "score": _score,
         "prune": _prune,
+        "teacher_logits": _teacher_logits,
         "distill": _distill,
         "baseline": _baseline,
         "export": export,
@@ -136,10 +140,20 @@ def _prune(session: Session, out: Path) -> Values:
     return prune(session, model=run.stage("import"), source_id=source_id, scores=run.stage("score"), out=out)
 
 
+def _teacher_logits(session: Session, out: Path) -> Values:
+    teacher, data = session.run.stage("import"), session.run.stage("data")
+    identity = cache_identity(session.config, data, teacher=teacher_digest(session.config))
+    return dict(write_teacher_logits(session, teacher=teacher, identity=identity, data=data, out=out))
+
+
 def _distill(session: Session, out: Path) -> Values:
     run = session.run
-    teacher, student, data = run.stage("import"), run.stage("prune"), run.stage("data")
-    return dict(distill(session, teacher=teacher, student=student, data=data, out=out))
+    settings, student, data = session.config.distill.teacher, run.stage("prune"), run.stage("data")
+    teacher = run.stage("import")
+    if settings.source is TeacherSource.cached:
+        teacher = Path(settings.cache) if settings.cache else run.stage("teacher_logits")
+    teacher_id = teacher_digest(session.config)
+    return dict(distill(session, teacher=teacher, teacher_id=teacher_id, student=student, data=data, out=out))
 
 
 def _baseline(session: Session, out: Path) -> Values:

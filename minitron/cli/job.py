@@ -4,7 +4,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from minitron.cli.stages import CHECKPOINT_OF, stages_of
+from minitron.cli.stages import CHECKPOINT_OF, default_stages, stages_of
 from minitron.cli.worker import run_rank
 from minitron.config.compose import load_resolved, to_yaml
 from minitron.config.model import ModelConfig
@@ -64,10 +64,16 @@ def run_job(verb: str, config: RunConfig) -> int:
 
 def wanted_stages(verb: str, config: RunConfig) -> list[str]:
     """The stages a verb runs."""
-    names = [stage.name for stage in stages_of(config) if stage.name != "eval_checkpoint"]
     match verb:
         case "compress":
-            return names
+            return default_stages(config)
+        case "teacher-logits":
+            if config.distill.teacher.cache:
+                raise ConfigError(
+                    f"minitron teacher-logits writes this run's own cache, but distill reads distill.teacher.cache="
+                    f"{config.distill.teacher.cache}; leave that out, or run it in the run the folder belongs to"
+                )
+            return ["teacher_logits"]
         case "train":
             if not config.baseline.enabled:
                 raise ConfigError("minitron train makes the baseline, but baseline.enabled=false; set it to true")

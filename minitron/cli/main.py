@@ -15,6 +15,10 @@ VERBS: dict[str, tuple[str, str]] = {
     "data": ("text -> Megatron .bin/.idx, split into train and held-out", "data"),
     "score": ("one calibration pass -> importance of every head, neuron, channel and layer", "score"),
     "prune": ("scores and a target shape -> a prune spec and a smaller checkpoint", "prune"),
+    "teacher-logits": (
+        "the teacher's distributions, a few numbers per token, for distill without it",
+        "teacher_logits",
+    ),
     "distill": ("teacher and pruned student -> a distilled checkpoint", "distill"),
     "train": ("the control: the student's shape from random weights, cross-entropy", "distill.train"),
     "eval": ("held-out loss and perplexity; the unpruned teacher first", "eval"),
@@ -30,13 +34,14 @@ Overrides are key=value, as in Hydra:
   parallel.tensor_model_parallel_size=2    the layout; the ranks are started for it
   prune.hidden_size=3072                   the target shape; what is not named is kept
   distill.train.num_tokens=2000000000      how long to retrain
+  distill.teacher.source=cached            from what teacher-logits wrote; compress runs it
 --print-config shows every key with its value.
 """
 
 
 def build_parser() -> argparse.ArgumentParser:
     """The command line's grammar."""
-    verbs = "\n".join(f"  {name:<10}{text}" for name, (text, _sections) in VERBS.items())
+    verbs = "\n".join(f"  {name:<16}{text}" for name, (text, _sections) in VERBS.items())
     parser = argparse.ArgumentParser(
         prog="minitron",
         formatter_class=argparse.RawDescriptionHelpFormatter,

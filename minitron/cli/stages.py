@@ -7,11 +7,15 @@ from typing import TYPE_CHECKING, Any
 
 from minitron.checkpoint.folder import is_checkpoint_folder
 from minitron.config.compose import flat_values
+from minitron.config.distill import TeacherSource
 from minitron.config.prune import Ranking
 from minitron.config.run import RunConfig, SourceKind
 from minitron.data.sources import source_fingerprint as text_fingerprint
+from minitron.distill.cache_format import LogitCache, read_identity
+from minitron.distill.cache_plan import lacking
 from minitron.models.hf_import import source_fingerprint as model_fingerprint
 from minitron.pipeline import Stage
+from minitron.runtime.artefact import RunFolder, StageIdentity
 
 if TYPE_CHECKING:
     from minitron.runtime.session import Session
@@ -45,7 +49,22 @@ def stages_of(config: RunConfig) -> list[Stage]:
             "prune", ("import", *(["score"] if needs_scores else [])), lambda c: _section(c, "prune"), _action("prune")
         ),
         _eval_stage("pruned"),
-        Stage("distill", ("import", "prune", "data"), _distill_values, _action("distill"), resumable=True),
+        Stage(
+            "teacher_logits",
+            ("import", "data"),
+            _teacher_logits_values,
+            _action("teacher_logits"),
+            resumable=True,
+            lacks=_lacking_logits,
+        ),
+        Stage(
+            "distill",
+            (*_teacher_stage(config), "prune", "data"),
+            _distill_values,
+            _action("distill"),
+            outside=_cache_outside,
+            resumable=True,
+        ),
         _eval_stage("distilled"),
         *(baseline if config.baseline.enabled else []),
         Stage("export", ("distill", "data"), lambda c: _section(c, "export"), _action("export")),
@@ -57,6 +76,25 @@ def stages_of(config: RunConfig) -> list[Stage]:
         ),
         Stage("eval_checkpoint", ("data",), _eval_values, _action("eval_checkpoint"), outside=_checkpoint_outside),
     ]
+
+
+def default_stages(config: RunConfig) -> list[str]:
+    """The stages that make up the whole line."""
+    leave_out = {"eval_checkpoint"} | ({"teacher_logits"} - set(_teacher_stage(config)))
+    return [stage.name for stage in stages_of(config) if stage.name not in leave_out]
+
+
+def teacher_digest(config: RunConfig) -> str:
+    """Identity of the teacher's weights; its checkpoint need not be there."""
+    return StageIdentity("import", _source_values(config), _model_outside(config)).digest
+
+
+def _teacher_stage(config: RunConfig) -> tuple[str, ...]:
+    """The stage that distillation has its teacher from; none for the cache of another run."""
+    teacher = config.distill.teacher
+    if teacher.source is TeacherSource.online:
+        return ("import",)
+    return () if teacher.cache else ("teacher_logits",)
 
 
 CHECKPOINT_OF = {"teacher": "import", "pruned": "prune", "distilled": "distill", "baseline": "baseline"}
@@ -105,7 +143,18 @@ def _training_values(config: RunConfig) -> Values:
 
 
 def _distill_values(config: RunConfig) -> Values:
-    return _section(config, "distill", drop=(*_LOGGING_ONLY, "teacher_microbatches")) | _training_values(config)
+    drop = (*_LOGGING_ONLY, "teacher_microbatches", "cache")
+    return _section(config, "distill", drop=drop) | _training_values(config)
+
+
+def _teacher_logits_values(config: RunConfig) -> Values:
+    """Not which samples: a cache only grows. ``data.seq_length`` is part of the data stage's identity."""
+    dtype = config.distill.teacher.dtype or config.precision.dtype
+    return config.teacher_logits.parameters() | {"dtype": str(dtype)}
+
+
+def _lacking_logits(config: RunConfig, run: RunFolder) -> str | None:
+    return lacking(config, run.stage("data"), LogitCache(run.stage("teacher_logits")))
 
 
 def _eval_values(config: RunConfig) -> Values:
@@ -131,6 +180,14 @@ def _checkpoint_outside(config: RunConfig) -> dict[str, str]:
         with file.open("rb") as stream:
             digest.update(file.name.encode() + hashlib.file_digest(stream, "sha256").digest())
     return {"checkpoint": digest.hexdigest()}
+
+
+def _cache_outside(config: RunConfig) -> dict[str, str]:
+    """What the cache of another run, ``distill.teacher.cache``, belongs to."""
+    if config.distill.teacher.cache is None:
+        return {}
+    identity = read_identity(Path(config.distill.teacher.cache))
+    return {"teacher_logits": hashlib.sha256(repr(identity).encode()).hexdigest()}
 
 
 def _text_outside(config: RunConfig) -> dict[str, str]:

@@ -32,12 +32,33 @@ class CrossEntropyMixConfig:
             raise ConfigError(f"distill.cross_entropy.weight={self.weight} must be a number of at least 0")
 
 
+class TeacherSource(StrEnum):
+    """Where the teacher's distributions come from (member names equal their values: OmegaConf reads the names)."""
+
+    online = "online"
+    cached = "cached"
+
+
 @dataclass(kw_only=True)
 class TeacherConfig:
     """The teacher and how it runs."""
 
+    source: TeacherSource = TeacherSource.online
+    """``online``: the teacher runs beside the student. ``cached``: what `minitron teacher-logits` wrote is read, and
+    the teacher is not loaded."""
+    cache: str | None = None
+    """``source=cached``: the teacher_logits folder of another run, with the same data and teacher; null takes this
+    run's own."""
     dtype: Dtype | None = None
     """Number format of the teacher; null takes ``precision.dtype``."""
+
+    def __post_init__(self) -> None:
+        """Refuse combinations that cannot work."""
+        if self.cache is not None and self.source is not TeacherSource.cached:
+            raise ConfigError(
+                f"distill.teacher.cache={self.cache} is read by distill.teacher.source=cached only, and it is "
+                f"{self.source}; set one of the two"
+            )
 
 
 @dataclass(kw_only=True)

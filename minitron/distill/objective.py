@@ -59,9 +59,20 @@ class Distillation:
         return Loss(total, terms)
 
     def _logit_loss(self, state: FinalState, batch: Batch, signal: Signal) -> Tensor:
-        assert signal.final is not None, "the last stage has a final state"
+        assert signal.final is not None, "the last stage has the teacher's distributions"
         split = self.sequence_parallel
         hidden_TH, weights_T = loss_inputs(state.hidden_SBH, batch, self.groups, sequence_parallel=split)
+        if isinstance(signal.final, SparseTarget):
+            sampled = signal.final.entropy_T is not None
+            return linear_sparse_kl(
+                hidden_TH,
+                state.weight_vH,
+                signal.final,
+                rest=None if sampled else self.logit_loss.top_k_rest,
+                vocab_size=self.vocab_size,
+                tp_group=self.groups.tp,
+                token_weights_T=weights_T,
+            )
         teacher_TH, _ = loss_inputs(signal.final.hidden_SBH, batch, self.groups, sequence_parallel=split)
         return linear_kl(
             hidden_TH,

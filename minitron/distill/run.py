@@ -1,41 +1,50 @@
-"""The distill stage: teacher and student from checkpoint folders, a distilled checkpoint folder out."""
+"""The distill stage: teacher (or a cache of its distributions) and student in, a distilled checkpoint folder out."""
 
 from pathlib import Path
 
 from minitron.checkpoint.folder import copy_side_files
+from minitron.config.distill import TeacherSource
 from minitron.config.precision import PrecisionConfig
+from minitron.distill.cache_format import LogitCache
+from minitron.distill.cache_plan import cache_identity, lacking
+from minitron.distill.cached import CachedTeacher
 from minitron.distill.objective import Distillation
 from minitron.distill.teacher import OnlineTeacher, freeze
-from minitron.errors import ConfigError
+from minitron.errors import ArtefactError, ConfigError
 from minitron.models.load import load_gpt
 from minitron.runtime.session import Session
 from minitron.train.run import train_to_folder
 
 
-def distill(session: Session, *, teacher: Path, student: Path, data: Path, out: Path) -> dict[str, float]:
+def distill(
+    session: Session, *, teacher: Path, teacher_id: str, student: Path, data: Path, out: Path
+) -> dict[str, float]:
     """Distill the teacher into the student.
 
     Args:
         session: The running job; teacher and student share its layout.
-        teacher: Checkpoint folder of the unpruned model.
+        teacher: Checkpoint folder of the unpruned model, or with ``distill.teacher.source=cached`` a cache of its
+            distributions.
+        teacher_id: Identity of the teacher's weights.
         student: Checkpoint folder of the pruned model.
         data: The data folder.
         out: The stage's working folder.
 
     Raises:
         ConfigError: The two models have different vocabularies.
+        ArtefactError: The cache belongs to another teacher or dataset, is damaged, or lacks samples.
     """
     settings = session.config.distill
-    precision = PrecisionConfig(dtype=settings.teacher.dtype or session.config.precision.dtype)
-    teacher_gpt, teacher_model = load_gpt(teacher, session, precision=precision)
+    cached = settings.teacher.source is TeacherSource.cached
+    source = _open_cache(session, teacher, teacher_id, data) if cached else _load_teacher(session, teacher)
     student_gpt, student_model = load_gpt(student, session)
-    if teacher_model.vocab_size != student_model.vocab_size:
+    if source.vocab_size != student_model.vocab_size:
         raise ConfigError(
-            f"teacher vocab_size={teacher_model.vocab_size} and student vocab_size={student_model.vocab_size} differ; "
+            f"teacher vocab_size={source.vocab_size} and student vocab_size={student_model.vocab_size} differ; "
             "their distributions cannot be compared"
         )
     objective = Distillation(
-        OnlineTeacher(freeze(teacher_gpt)),
+        source,
         student_model.vocab_size,
         session.groups,
         session.config.parallel.sequence_parallel,
@@ -55,3 +64,22 @@ def distill(session: Session, *, teacher: Path, student: Path, data: Path, out: 
     if session.is_main:
         copy_side_files(student, out)
     return summary
+
+
+def _load_teacher(session: Session, folder: Path) -> OnlineTeacher:
+    precision = PrecisionConfig(dtype=session.config.distill.teacher.dtype or session.config.precision.dtype)
+    gpt, model = load_gpt(folder, session, precision=precision)
+    return OnlineTeacher(freeze(gpt), model.vocab_size)
+
+
+def _open_cache(session: Session, folder: Path, teacher_id: str, data: Path) -> CachedTeacher:
+    """Open a cache and make sure, before the first step, that every sample is in it."""
+    cache = LogitCache(folder)
+    cache.check(cache_identity(session.config, data, teacher=teacher_id), to_extend=False)
+    lack = lacking(session.config, data, cache)
+    if lack:
+        raise ArtefactError(
+            f"{lack}; run `minitron teacher-logits` in the run that this folder belongs to, with the same "
+            "distill.train and seed, which adds them"
+        )
+    return CachedTeacher(cache, is_last_stage=session.groups.is_last_stage, device=session.torch_device)

@@ -8,6 +8,7 @@ from megatron.core.models.gpt.gpt_model import GPTModel
 from torch import Tensor
 
 from minitron.data.batch import Batch
+from minitron.losses import SparseTarget
 from minitron.models.gpt import FinalState
 from minitron.train.heldout import forward_only
 
@@ -17,11 +18,12 @@ class Signal:
     """What the teacher leaves on this rank for one micro-batch of the student.
 
     Attributes:
-        final: Final hidden state and output layer, on the student's last pipeline stage; None elsewhere.
+        final: Final hidden state and output layer, or entries of the distributions, on the student's last pipeline
+            stage; None elsewhere.
         states: Intermediate states by name, on the stage that holds the student's side of the pair.
     """
 
-    final: FinalState | None = None
+    final: FinalState | SparseTarget | None = None
     states: Mapping[str, Tensor] = field(default_factory=dict)
 
 
@@ -39,9 +41,11 @@ class OnlineTeacher:
 
     Attributes:
         gpt: The teacher; frozen and in evaluation mode (see `freeze`).
+        vocab_size: True size of its vocabulary.
     """
 
     gpt: GPTModel
+    vocab_size: int
 
     def signals(self, microbatches: Sequence[Batch]) -> list[Signal]:
         """Run a forward-only schedule; the final states stay on the last pipeline stage."""

@@ -29,6 +29,10 @@ def _nothing(_config: RunConfig) -> dict[str, str]:
     return {}
 
 
+def _lacks_nothing(_config: RunConfig, _run: RunFolder) -> str | None:
+    return None
+
+
 @dataclass(frozen=True)
 class Stage:
     """One step of the line.
@@ -40,6 +44,8 @@ class Stage:
         run: Does the work on every rank; writes into the given folder; what it returns on rank 0 is the summary.
         outside: Hashes of content outside the run folder that it reads.
         resumable: Whether an interrupted attempt's folder is of use.
+        lacks: What a finished artefact of the right identity still lacks for this configuration, in words; running
+            the stage again adds it.
     """
 
     name: str
@@ -48,6 +54,7 @@ class Stage:
     run: Callable[["Session", Path], dict[str, Any]]
     outside: Callable[[RunConfig], dict[str, str]] = field(default=_nothing)
     resumable: bool = False
+    lacks: Callable[[RunConfig, RunFolder], str | None] = field(default=_lacks_nothing)
 
 
 @dataclass(frozen=True)
@@ -58,7 +65,7 @@ class Planned:
         stage: The stage.
         identity: What its result depends on.
         done: Its artefact exists.
-        changed: Why it is run again, when an older artefact is in its place.
+        changed: Why it is run again, when an older artefact is in its place; empty where it is only added to.
     """
 
     stage: Stage
@@ -78,8 +85,9 @@ def plan_stages(stages: Sequence[Stage], config: RunConfig, run: RunFolder, want
 
     Raises:
         ArtefactError: A finished stage was made with other inputs (see `RunFolder.is_done`), or a wanted stage needs
-            one that is neither done nor wanted.
+            one that is neither done nor wanted, or that lacks something.
     """
+    by_name = {stage.name: stage for stage in stages}
     identities: dict[str, StageIdentity] = {}
     planned: list[Planned] = []
     for stage in stages:
@@ -91,7 +99,9 @@ def plan_stages(stages: Sequence[Stage], config: RunConfig, run: RunFolder, want
             continue
         for needed in stage.needs:
             _check_needed(identities[needed], run, wanted, stage.name)
+            _check_complete(by_name[needed], config, run, wanted, stage.name)
         done, changed = run.is_done(identity, config.on_change)
+        done = done and stage.lacks(config, run) is None
         planned.append(Planned(stage, identity, done, changed))
     return planned
 
@@ -111,6 +121,13 @@ def _check_needed(identity: StageIdentity, run: RunFolder, wanted: Sequence[str]
             f"{by} needs the stage {identity.stage}, but {run.stage(identity.stage)} was made with other inputs "
             f"({changes}); run that stage again, or use another name="
         )
+
+
+def _check_complete(needed: Stage, config: RunConfig, run: RunFolder, wanted: Sequence[str], by: str) -> None:
+    lack = None if needed.name in wanted else needed.lacks(config, run)
+    if lack:
+        verb = needed.name.replace("_", "-")
+        raise ArtefactError(f"{by}: {lack}; run `minitron {verb}` with the same settings, which adds them")
 
 
 def run_stages(planned: Sequence[Planned], session: "Session") -> None:
