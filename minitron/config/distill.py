@@ -4,6 +4,7 @@ import math
 from dataclasses import dataclass, field
 from enum import StrEnum
 
+from minitron.config.logit_loss import LogitLossConfig, LogitLossKind
 from minitron.config.precision import Dtype
 from minitron.config.train import TrainConfig
 from minitron.errors import ConfigError
@@ -69,7 +70,30 @@ class DistillConfig:
     """Batch, schedule and optimizer."""
     teacher: TeacherConfig = field(default_factory=TeacherConfig)
     """The teacher and how it runs."""
+    logit_loss: LogitLossConfig = field(default_factory=LogitLossConfig)
+    """Which divergence between the two distributions."""
     cross_entropy: CrossEntropyMixConfig = field(default_factory=CrossEntropyMixConfig)
     """Cross-entropy with the labels, mixed in."""
     teacher_microbatches: int = 0
     """Most micro-batches whose teacher states wait at once; 0 holds a whole step's."""
+
+    def __post_init__(self) -> None:
+        """Refuse losses that a cached teacher cannot give.
+
+        Raises:
+            ConfigError: With the setting to change.
+        """
+        if self.teacher.source is not TeacherSource.cached:
+            return
+        loss = self.logit_loss
+        for name, value, only in (
+            ("kind", loss.kind, LogitLossKind.forward_kl),
+            ("temperature", loss.temperature, 1.0),
+            ("top_k", loss.top_k, 0),
+        ):
+            if value != only:
+                raise ConfigError(
+                    f"distill.logit_loss.{name}={value} needs the teacher's whole distributions, but "
+                    f"distill.teacher.source=cached has a part of them: leave it {only} (what is kept is chosen by "
+                    "teacher_logits.method), or set distill.teacher.source=online"
+                )

@@ -189,7 +189,7 @@ class LogitCache:
             ArtefactError: The record's bytes are not those that were written.
         """
         place = int(np.searchsorted(self.samples, sample))
-        assert place < len(self.samples) and self.samples[place] == sample, f"sample {sample} is not in the cache"
+        assert self.samples[place : place + 1].tolist() == [sample], f"sample {sample} is not in the cache"
         row = self._row_of_sample[place]
         shard, (_, offset, length, crc32) = int(self._shard_of_row[row]), self._rows[row]
         if shard not in self._maps:

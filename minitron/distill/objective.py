@@ -11,9 +11,10 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from minitron.config.distill import CrossEntropyMixConfig, Mixing
+from minitron.config.logit_loss import LogitLossConfig
 from minitron.data.batch import Batch
 from minitron.distill.teacher import Signal, Teacher
-from minitron.losses import linear_kl
+from minitron.losses import SparseTarget, linear_distillation, linear_sparse_kl
 from minitron.models.gpt import FinalState
 from minitron.models.loss_inputs import loss_inputs
 from minitron.parallel.groups import Groups
@@ -32,6 +33,7 @@ class Distillation:
         groups: This rank's process groups.
         sequence_parallel: Whether hidden states are split along the sequence.
         cross_entropy: How much cross-entropy with the labels is mixed in.
+        logit_loss: Which divergence; of a cached teacher's entries, what becomes of the rest of the vocabulary.
     """
 
     teacher: Teacher
@@ -39,6 +41,7 @@ class Distillation:
     groups: Groups
     sequence_parallel: bool
     cross_entropy: CrossEntropyMixConfig
+    logit_loss: LogitLossConfig
 
     def signals(self, microbatches: Sequence[Batch]) -> Sequence[Signal]:
         """Run the teacher."""
@@ -48,7 +51,7 @@ class Distillation:
         """Mean loss per token, and its parts unweighted."""
         assert isinstance(signal, Signal)
         total = self._logit_loss(state, batch, signal)
-        terms = {"forward_kl": total.detach().clone()}
+        terms = {self.logit_loss.kind.value: total.detach().clone()}
         if self.cross_entropy.weight:
             plain = CrossEntropy(self.vocab_size, self.groups, self.sequence_parallel).loss(state, batch, None)
             weight: float | Tensor = self.cross_entropy.weight
@@ -74,11 +77,12 @@ class Distillation:
                 token_weights_T=weights_T,
             )
         teacher_TH, _ = loss_inputs(signal.final.hidden_SBH, batch, self.groups, sequence_parallel=split)
-        return linear_kl(
+        return linear_distillation(
             hidden_TH,
             state.weight_vH,
             teacher_TH,
             signal.final.weight_vH,
+            loss=self.logit_loss,
             vocab_size=self.vocab_size,
             tp_group=self.groups.tp,
             token_weights_T=weights_T,

@@ -49,6 +49,7 @@ def distill(
         session.groups,
         session.config.parallel.sequence_parallel,
         settings.cross_entropy,
+        settings.logit_loss,
     )
     summary = train_to_folder(
         session,

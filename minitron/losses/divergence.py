@@ -1,15 +1,15 @@
-"""The losses themselves: one small object each, on a block of tokens.
+"""What a loss is to the chunk engine: one small object, on a block of tokens.
 
 A new loss is a new object with the `Divergence` call: everything around it (output layers, chunks,
-token weights, dtypes, autograd) is in `minitron.losses.engine`.
+token weights, the student's dtype, autograd) is in `minitron.losses.engine`.
 """
 
-from typing import Protocol
+from typing import Protocol, Self
 
 import torch
 from torch import Tensor
 
-from minitron.losses.vocab import ScaledSums, VocabShard, row_max
+from minitron.losses.vocab import VocabShard
 
 
 class Scratch:
@@ -30,17 +30,27 @@ class Scratch:
             self._buffers[name] = block_Cv.new_empty(block_Cv.shape, dtype=dtype)
         return self._buffers[name][: block_Cv.shape[0]]
 
+    def cast(self, name: str, block_Cv: Tensor, dtype: torch.dtype) -> Tensor:
+        """The block in this dtype: itself if it has it, else a copy in the memory of that name."""
+        if block_Cv.dtype == dtype:
+            return block_Cv
+        return self.like(name, block_Cv, dtype).copy_(block_Cv)
 
-class Divergence(Protocol):
-    """Loss per token and its gradient with respect to the student's logits.
 
-    Logits are fp32 (fp64 for fp64 inputs), over this rank's valid columns, and read only.
-    """
+class Target(Protocol):
+    """What a student is compared with, for some tokens: logits, labels, a sparse distribution."""
+
+    def __getitem__(self, tokens: slice, /) -> Self:
+        """The same for a part of the tokens."""
+
+
+class Divergence[T: Target](Protocol):
+    """Loss per token and its gradient with respect to the student's logits."""
 
     def __call__(
         self,
         student_Cv: Tensor,
-        target: Tensor,
+        target: T,
         grad_Cv: Tensor | None,
         weight_C: Tensor,
         vocab: VocabShard,
@@ -49,8 +59,9 @@ class Divergence(Protocol):
         """Compute one block.
 
         Args:
-            student_Cv: student's logits.
-            target: the teacher's logits [C, v], or labels [C].
+            student_Cv: student's logits over this rank's valid columns, fp32 (fp64 for fp64
+                inputs), read only.
+            target: what they are compared with, read only; any dtype.
             grad_Cv: where to write d(sum of weight * loss) / d student_Cv; None when no gradient is
                 needed. It may be the memory of ``student_Cv``, which may then be overwritten.
             weight_C: weight of each token.
@@ -58,70 +69,10 @@ class Divergence(Protocol):
             scratch: work memory.
 
         Returns:
-            Unweighted loss of each token, in nats, equal on all ranks.
+            Unweighted loss of each token, equal on all ranks.
         """
 
 
-def forward_kl(
-    student_Cv: Tensor,
-    target: Tensor,
-    grad_Cv: Tensor | None,
-    weight_C: Tensor,
-    vocab: VocabShard,
-    scratch: Scratch,
-) -> Tensor:
-    """KL(teacher || student) = sum_v p_v (t_v - s_v) - lse(t) + lse(s), with gradient q - p.
-
-    The dot product takes the difference of the logits, not that of two large sums: fp32 precision.
-    """
-    teacher_max_C, student_max_C = row_max(target), row_max(student_Cv)
-    diff_Cv = torch.sub(target, student_Cv, out=scratch.like("diff", target))
-    teacher_exp_Cv = torch.sub(target, teacher_max_C[:, None], out=scratch.like("teacher_exp", target)).exp_()
-    student_out_Cv = scratch.like("student_exp", student_Cv) if grad_Cv is None else grad_Cv
-    student_exp_Cv = torch.sub(student_Cv, student_max_C[:, None], out=student_out_Cv).exp_()
-    dot_C = diff_Cv.mul_(teacher_exp_Cv).sum(-1)
-    teacher, student = vocab.merge(
-        ScaledSums(teacher_max_C, (teacher_exp_Cv.sum(-1), dot_C)),
-        ScaledSums(student_max_C, (student_exp_Cv.sum(-1),)),
-    )
-    teacher_sum_C, dot_C = teacher.sums
-    (student_sum_C,) = student.sums
-    if grad_Cv is not None:
-        student_scale_C = weight_C * (student_max_C - student.max_C).exp() / student_sum_C
-        teacher_scale_C = weight_C * (teacher_max_C - teacher.max_C).exp() / teacher_sum_C
-        # Two rounded products, not addcmul's fused one: where q = p the gradient is exactly zero.
-        grad_Cv.mul_(student_scale_C[:, None]).sub_(teacher_exp_Cv.mul_(teacher_scale_C[:, None]))
-    log_ratio_C = (student.max_C - teacher.max_C) + (student_sum_C.log() - teacher_sum_C.log())
-    return dot_C / teacher_sum_C + log_ratio_C
-
-
-def cross_entropy(
-    student_Cv: Tensor,
-    target: Tensor,
-    grad_Cv: Tensor | None,
-    weight_C: Tensor,
-    vocab: VocabShard,
-    scratch: Scratch,
-) -> Tensor:
-    """Cross-entropy with label ids, lse(s) - s_label, with gradient q - onehot(label).
-
-    A label outside the vocabulary gives NaN.
-    """
-    max_C = row_max(student_Cv)
-    index_C = target - vocab.start
-    here_C = (index_C >= 0) & (index_C < vocab.num_valid)
-    index_C1 = index_C.clamp(0, max(0, vocab.num_valid - 1))[:, None]
-    label_C = torch.zeros_like(weight_C)
-    if vocab.num_valid:
-        label_C = student_Cv.gather(1, index_C1).squeeze(1).where(here_C, label_C)
-    out_Cv = scratch.like("student_exp", student_Cv) if grad_Cv is None else grad_Cv
-    exp_Cv = torch.sub(student_Cv, max_C[:, None], out=out_Cv).exp_()
-    softmax, label = vocab.merge(
-        ScaledSums(max_C, (exp_Cv.sum(-1),)), ScaledSums(torch.zeros_like(label_C), (label_C,))
-    )
-    (sum_C,), (label_C,) = softmax.sums, label.sums
-    if grad_Cv is not None and vocab.num_valid:
-        grad_Cv.mul_((weight_C * (max_C - softmax.max_C).exp() / sum_C)[:, None])
-        grad_Cv.scatter_add_(1, index_C1, (-weight_C * here_C)[:, None])
-    known_C = (target >= 0) & (target < vocab.vocab_size)
-    return (softmax.max_C - label_C + sum_C.log()).where(known_C, torch.nan)
+def work_memory(student_Cv: Tensor, grad_Cv: Tensor | None, scratch: Scratch) -> Tensor:
+    """Where a loss may turn the student's logits into something else: the gradient's memory if there is one."""
+    return scratch.like("student_exp", student_Cv) if grad_Cv is None else grad_Cv

@@ -18,35 +18,35 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from minitron.errors import ConfigError
-from minitron.losses.divergence import Divergence, Scratch
+from minitron.losses.divergence import Divergence, Scratch, Target
 from minitron.losses.vocab import VocabShard
 
 _MIB = 2**20
 
 
 @dataclass(frozen=True)
-class Job:
+class Job[T: Target]:
     """What a loss needs besides the differentiable tensors.
 
     Attributes:
         divergence: the loss of a block.
-        target: gives what the divergence compares with (teacher's logits or labels) for a slice of
-            the tokens; valid until it is called again.
+        target: gives what the divergence compares with for a slice of the tokens; valid until it is
+            called again.
         weight_T: token weights, in the dtype of the computation (fp32, or fp64).
         vocab: this rank's columns.
         chunk_tokens: tokens per matrix product.
         scratch: work memory of the blocks, which lives as long as the job.
     """
 
-    divergence: Divergence
-    target: Callable[[slice], Tensor]
+    divergence: Divergence[T]
+    target: Callable[[slice], T]
     weight_T: Tensor
     vocab: VocabShard
     chunk_tokens: int
     scratch: Scratch = field(default_factory=Scratch)
 
 
-def linear_loss(hidden_TH: Tensor, weight_vH: Tensor, job: Job) -> Tensor:
+def linear_loss(hidden_TH: Tensor, weight_vH: Tensor, job: Job[Any]) -> Tensor:
     """Weighted loss of the logits ``hidden @ weight.T``, which never exist as a whole."""
     enabled = torch.is_grad_enabled()
     needs = (enabled and hidden_TH.requires_grad, enabled and weight_vH.requires_grad)
@@ -54,7 +54,7 @@ def linear_loss(hidden_TH: Tensor, weight_vH: Tensor, job: Job) -> Tensor:
     return loss
 
 
-def logits_loss(logits_Tv: Tensor, job: Job) -> Tensor:
+def logits_loss(logits_Tv: Tensor, job: Job[Any]) -> Tensor:
     """Weighted loss of logits that exist already."""
     needs_grad = torch.is_grad_enabled() and logits_Tv.requires_grad
     loss: Tensor = _LogitsLoss.apply(logits_Tv, job, needs_grad)  # type: ignore[no-untyped-call]
@@ -83,7 +83,7 @@ def choose_chunk_tokens(chunk_tokens: int | None, hidden_TH: Tensor, vocab: Voca
 class _LinearLoss(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, hidden_TH: Tensor, weight_vH: Tensor, job: Job, need_hidden: bool, need_weight: bool
+        ctx: Any, hidden_TH: Tensor, weight_vH: Tensor, job: Job[Any], need_hidden: bool, need_weight: bool
     ) -> Tensor:
         num_tokens, num_valid = hidden_TH.shape[0], job.vocab.num_valid
         rows_vH = weight_vH[:num_valid]
@@ -118,7 +118,7 @@ class _LinearLoss(torch.autograd.Function):
 
 class _LogitsLoss(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, logits_Tv: Tensor, job: Job, needs_grad: bool) -> Tensor:
+    def forward(ctx: Any, logits_Tv: Tensor, job: Job[Any], needs_grad: bool) -> Tensor:
         valid_Tv = logits_Tv[:, : job.vocab.num_valid]
         grad_Tv = grad_valid_Tv = None
         if needs_grad:
@@ -136,7 +136,9 @@ class _LogitsLoss(torch.autograd.Function):
         return None if grad_Tv is None else _scale(grad_Tv, grad_loss), None, None
 
 
-def _block_loss(job: Job, student_Tv: Tensor, target: Tensor, grad_Tv: Tensor | None, weight_T: Tensor) -> Tensor:
+def _block_loss[T: Target](
+    job: Job[T], student_Tv: Tensor, target: T, grad_Tv: Tensor | None, weight_T: Tensor
+) -> Tensor:
     """Weighted loss of these tokens in fp64, and its gradient into ``grad_Tv``, block by block.
 
     ``grad_Tv`` may be the memory of ``student_Tv``.
@@ -146,15 +148,13 @@ def _block_loss(job: Job, student_Tv: Tensor, target: Tensor, grad_Tv: Tensor | 
     loss = weight_T.new_zeros((), dtype=torch.float64)
     for start in range(0, student_Tv.shape[0], block):
         tokens = slice(start, start + block)
-        student_Cv, target_C, weight_C = student_Tv[tokens], target[tokens], weight_T[tokens]
+        student_Cv, weight_C = student_Tv[tokens], weight_T[tokens]
         grad_Cv = None if grad_Tv is None else grad_Tv[tokens]
         out_Cv = grad_Cv
         if student_Cv.dtype != dtype:
-            student_Cv = job.scratch.like("student", student_Cv, dtype).copy_(student_Cv)
+            student_Cv = job.scratch.cast("student", student_Cv, dtype)
             out_Cv = None if grad_Cv is None else student_Cv
-        if target_C.is_floating_point() and target_C.dtype != dtype:
-            target_C = job.scratch.like("teacher", target_C, dtype).copy_(target_C)
-        loss_C = job.divergence(student_Cv, target_C, out_Cv, weight_C, job.vocab, job.scratch)
+        loss_C = job.divergence(student_Cv, target[tokens], out_Cv, weight_C, job.vocab, job.scratch)
         loss += (loss_C * weight_C).sum()
         if grad_Cv is not None and out_Cv is not None and out_Cv is not grad_Cv:
             grad_Cv.copy_(out_Cv)

@@ -1,4 +1,4 @@
-"""One rank's share of the vocabulary, and the one collective a chunk of tokens needs."""
+"""One rank's share of the vocabulary, and the collectives that a block of tokens needs."""
 
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -6,6 +6,7 @@ from typing import NamedTuple
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.nn.functional import pad
 
 from minitron.errors import LayoutError
 
@@ -104,6 +105,34 @@ class VocabShard:
             merged.append(ScaledSums(max_C, sums))
             row += 1 + len(part.sums)
         return merged
+
+    def top_k(self, logits_Cv: Tensor, k: int) -> tuple[Tensor, Tensor]:
+        """The K largest logits over every rank's columns, and their token ids; one all-gather.
+
+        Args:
+            logits_Cv: this rank's valid columns.
+            k: K, at most ``vocab_size``.
+
+        Returns:
+            Logits [C, K], largest first, and ids [C, K], equal on all ranks.
+        """
+        values_Ck, index_Ck = logits_Cv.topk(min(k, self.num_valid), dim=-1)
+        ids_Ck = index_Ck + self.start
+        if self.num_ranks == 1:
+            return values_Ck, ids_Ck
+        missing = (0, k - values_Ck.shape[1])  # a rank may hold fewer columns than K
+        mine_C2K = torch.cat(
+            # Ids travel as numbers of the logits' dtype: fp32 holds integers up to 16.7 million exactly.
+            [pad(values_Ck, missing, value=-torch.inf), pad(ids_Ck.to(values_Ck.dtype), missing, value=-1)],
+            dim=1,
+        )
+        num_tokens = mine_C2K.shape[0]
+        flat = mine_C2K.new_empty(self.num_ranks * num_tokens, 2 * k)
+        dist.all_gather_into_tensor(flat, mine_C2K, group=self.group)
+        ranks_CP2K = flat.view(self.num_ranks, num_tokens, 2 * k).transpose(0, 1)
+        values_CK, index_CK = ranks_CP2K[..., :k].reshape(num_tokens, -1).topk(k, dim=-1)
+        ids_CK = ranks_CP2K[..., k:].reshape(num_tokens, -1).gather(1, index_CK).long()
+        return values_CK, ids_CK
 
 
 def row_max(logits_Cv: Tensor) -> Tensor:

@@ -24,7 +24,8 @@ from rich.table import Table
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
-from minitron.losses import kl_from_logits, linear_kl
+from minitron.config.logit_loss import LogitLossConfig
+from minitron.losses import linear_distillation, logits_distillation
 
 
 @dataclass(frozen=True)
@@ -78,13 +79,15 @@ def cases(size: Size, dtype: torch.dtype) -> dict[str, tuple[Case, Case]]:
         return plain_kl(student_TH @ student_VH.T, teacher_TV)
 
     def ours_linear() -> Tensor:
-        return linear_kl(student_TH, student_VH, teacher_TH, teacher_VH, vocab_size=size.vocab_size)
+        return linear_distillation(
+            student_TH, student_VH, teacher_TH, teacher_VH, loss=LogitLossConfig(), vocab_size=size.vocab_size
+        )
 
     logits, layers = [student_TV], [student_TH, student_VH]
     return {
         "logits given": (
             lambda: backward(plain_kl(student_TV, teacher_TV), logits),
-            lambda: backward(kl_from_logits(student_TV, teacher_TV), logits),
+            lambda: backward(logits_distillation(student_TV, teacher_TV, loss=LogitLossConfig()), logits),
         ),
         "with output layers": (lambda: backward(plain_linear(), layers), lambda: backward(ours_linear(), layers)),
     }

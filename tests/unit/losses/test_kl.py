@@ -1,51 +1,28 @@
-from collections.abc import Callable
+"""What the engine does around a loss, tried with the default one: forward KL, temperature 1."""
 
 import pytest
 import torch
 from torch import Tensor
 from torch.testing import assert_close
 
-from minitron.losses import kl_from_logits, linear_kl
-from tests.unit.losses.reference import Case, dense_kl, loss_and_grads, make_case
-
-
-def ours(case: Case, *, chunk_tokens: int | None = None, weighted: bool = True) -> Callable[[Tensor, Tensor], Tensor]:
-    """`linear_kl` as a function of the student's tensors."""
-
-    def loss(hidden_TH: Tensor, weight_VH: Tensor) -> Tensor:
-        return linear_kl(
-            hidden_TH,
-            weight_VH,
-            case.teacher_hidden_TH,
-            case.teacher_weight_VH,
-            vocab_size=case.vocab_size,
-            token_weights_T=case.token_weights_T if weighted else None,
-            chunk_tokens=chunk_tokens,
-        )
-
-    return loss
-
-
-def dense(case: Case, *, weighted: bool = True) -> Callable[[Tensor, Tensor], Tensor]:
-    weights_T = case.token_weights_T if weighted else torch.ones_like(case.token_weights_T)
-    teacher_TV = case.teacher_hidden_TH.double() @ case.teacher_weight_VH.double().T
-
-    def loss(hidden_TH: Tensor, weight_VH: Tensor) -> Tensor:
-        return dense_kl(hidden_TH.double() @ weight_VH.double().T, teacher_TV, case.vocab_size, weights_T)
-
-    return loss
-
-
-def from_logits(case: Case) -> Callable[[Tensor], Tensor]:
-    return lambda logits_TV: kl_from_logits(
-        logits_TV, case.teacher_logits_TV, vocab_size=case.vocab_size, token_weights_T=case.token_weights_T
-    )
+from minitron.losses import linear_distillation, logits_distillation
+from tests.unit.losses.reference import (
+    FORWARD_KL,
+    Case,
+    dense,
+    dense_from_logits,
+    dense_loss,
+    from_logits,
+    loss_and_grads,
+    make_case,
+    ours,
+)
 
 
 def test_by_hand() -> None:
     """Teacher [1/4, 3/4], student [1/2, 1/2]: log 2 - H(teacher), and gradient q - p."""
     student_TV = torch.zeros(1, 2, dtype=torch.float64, requires_grad=True)
-    loss = kl_from_logits(student_TV, torch.tensor([[0.25, 0.75]]).double().log())
+    loss = logits_distillation(student_TV, torch.tensor([[0.25, 0.75]]).double().log(), loss=FORWARD_KL)
     loss.backward()
     assert loss.item() == pytest.approx(0.25 * torch.tensor(0.5).log().item() + 0.75 * torch.tensor(1.5).log().item())
     assert_close(student_TV.grad, torch.tensor([[0.25, -0.25]]).double())
@@ -53,7 +30,7 @@ def test_by_hand() -> None:
 
 @pytest.mark.parametrize("weighted", [False, True])
 @pytest.mark.parametrize("chunk_tokens", [None, 1, 5, 13, 100])
-def test_linear_kl_is_the_dense_formula(chunk_tokens: int | None, weighted: bool) -> None:
+def test_is_the_dense_formula(chunk_tokens: int | None, weighted: bool) -> None:
     case = make_case()
     student = (case.student_hidden_TH, case.student_weight_VH)
     have = loss_and_grads(ours(case, chunk_tokens=chunk_tokens, weighted=weighted), *student)
@@ -61,21 +38,15 @@ def test_linear_kl_is_the_dense_formula(chunk_tokens: int | None, weighted: bool
     assert_close(have, want, rtol=1e-12, atol=1e-13)
 
 
-def test_kl_from_logits_is_the_dense_formula() -> None:
-    case = make_case()
-    have = loss_and_grads(from_logits(case), case.student_logits_TV)
-    want = loss_and_grads(
-        lambda logits_TV: dense_kl(logits_TV, case.teacher_logits_TV, case.vocab_size, case.token_weights_T),
-        case.student_logits_TV,
-    )
-    assert_close(have, want, rtol=1e-12, atol=1e-13)
-
-
 def test_no_vocab_size_means_no_padding() -> None:
     case = make_case(vocab_size=40)
-    have = loss_and_grads(lambda s: kl_from_logits(s, case.teacher_logits_TV), case.student_logits_TV)
+    have = loss_and_grads(
+        lambda s: logits_distillation(s, case.teacher_logits_TV, loss=FORWARD_KL), case.student_logits_TV
+    )
     ones_T = torch.ones(13)
-    want = loss_and_grads(lambda s: dense_kl(s, case.teacher_logits_TV, 40, ones_T), case.student_logits_TV)
+    want = loss_and_grads(
+        lambda s: dense_loss(FORWARD_KL, s, case.teacher_logits_TV, 40, ones_T), case.student_logits_TV
+    )
     assert_close(have, want, rtol=1e-12, atol=1e-13)
 
 
@@ -88,31 +59,8 @@ def test_fp32_across_many_blocks() -> None:
     assert_close(have, want, rtol=1e-5, atol=1e-6, check_dtype=False)
     logits_TV = case.student_logits_TV
     have = loss_and_grads(from_logits(case), logits_TV)
-    want = loss_and_grads(
-        lambda s: dense_kl(s, case.teacher_logits_TV, case.vocab_size, case.token_weights_T), logits_TV
-    )
+    want = loss_and_grads(dense_from_logits(case), logits_TV)
     assert_close(have, want, rtol=1e-5, atol=1e-7, check_dtype=False)
-
-
-@pytest.mark.parametrize("chunk_tokens", [None, 2])
-def test_gradcheck(chunk_tokens: int | None) -> None:
-    case = make_case(num_tokens=5, vocab_size=7, num_rows=8)
-    student = (case.student_hidden_TH.requires_grad_(), case.student_weight_VH.requires_grad_())
-    assert torch.autograd.gradcheck(ours(case, chunk_tokens=chunk_tokens), student)
-    assert torch.autograd.gradcheck(from_logits(case), case.student_logits_TV.detach().requires_grad_())
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
-def test_of_itself_is_zero_with_zero_gradient(dtype: torch.dtype) -> None:
-    case = make_case(dtype=dtype)
-    hidden_TH, weight_VH = case.student_hidden_TH, case.student_weight_VH
-    loss, *grads = loss_and_grads(
-        lambda h, w: linear_kl(h, w, hidden_TH, weight_VH, vocab_size=37), hidden_TH, weight_VH
-    )
-    logits_TV = case.student_logits_TV
-    other_loss, other_grad = loss_and_grads(lambda s: kl_from_logits(s, logits_TV, vocab_size=37), logits_TV)
-    assert loss == other_loss == 0
-    assert all(grad.count_nonzero() == 0 for grad in (*grads, other_grad))
 
 
 def test_padding_does_not_matter_and_gets_no_gradient() -> None:
@@ -185,7 +133,7 @@ def test_huge_logits_stay_finite() -> None:
     """Logits of 1e4: exp overflows in fp64 too, unless the maximum is taken out."""
     student_TV = torch.tensor([[1e4, 0.0], [0.0, -1e4]], dtype=torch.float64)
     teacher_TV = torch.tensor([[0.0, 0.0], [-1e4, 0.0]], dtype=torch.float64)
-    loss, grad_TV = loss_and_grads(lambda s: kl_from_logits(s, teacher_TV), student_TV)
+    loss, grad_TV = loss_and_grads(lambda s: logits_distillation(s, teacher_TV, loss=FORWARD_KL), student_TV)
     assert loss.item() == pytest.approx((0.5 * 1e4 - torch.tensor(2.0).log().item()) + 1e4, rel=1e-12)
     assert_close(grad_TV, torch.tensor([[0.5, -0.5], [1.0, -1.0]]).double())
 
@@ -195,9 +143,9 @@ def test_small_divergence_keeps_its_digits_in_fp32() -> None:
     generator = torch.Generator().manual_seed(1)
     teacher_TV = 3 * torch.randn(4, 1000, generator=generator) + 10
     student_TV = teacher_TV + 5e-3 * torch.randn(4, 1000, generator=generator)
-    want = dense_kl(student_TV, teacher_TV, 1000, torch.ones(4))
+    want = dense_loss(FORWARD_KL, student_TV, teacher_TV, 1000, torch.ones(4))
     assert 1e-6 < want < 1e-3
-    assert_close(kl_from_logits(student_TV, teacher_TV).double(), want, rtol=5e-3, atol=0)
+    assert_close(logits_distillation(student_TV, teacher_TV, loss=FORWARD_KL).double(), want, rtol=5e-3, atol=0)
 
 
 def exact_bf16_case() -> Case:
@@ -224,9 +172,7 @@ def test_bf16_is_fp64_but_for_the_rounding_of_the_gradients(chunk_tokens: int | 
     loss, grad_TH, grad_VH = loss_and_grads(ours(case, chunk_tokens=chunk_tokens), *student)
     wide = [tensor.double() for tensor in student]
     want, want_TH, want_VH = loss_and_grads(dense(case), *wide)
-    _, logits_grad_TV = loss_and_grads(
-        lambda s: dense_kl(s, case.teacher_logits_TV, case.vocab_size, case.token_weights_T), wide[0] @ wide[1].T
-    )
+    _, logits_grad_TV = loss_and_grads(dense_from_logits(case), wide[0] @ wide[1].T)
     assert (loss.dtype, grad_TH.dtype, grad_VH.dtype) == (torch.float32, torch.bfloat16, torch.bfloat16)
     assert_close(loss.double(), want, rtol=1e-6, atol=0)
     size_TH = logits_grad_TV.abs() @ wide[1].abs()
@@ -237,11 +183,9 @@ def test_bf16_is_fp64_but_for_the_rounding_of_the_gradients(chunk_tokens: int | 
 
 def test_bf16_logits_are_computed_in_fp32() -> None:
     case = make_case(dtype=torch.bfloat16)
-    student_TV, teacher_TV = case.student_logits_TV, case.teacher_logits_TV
+    student_TV = case.student_logits_TV
     loss, grad_TV = loss_and_grads(from_logits(case), student_TV)
-    want, want_TV = loss_and_grads(
-        lambda s: dense_kl(s, teacher_TV, case.vocab_size, case.token_weights_T), student_TV.double()
-    )
+    want, want_TV = loss_and_grads(dense_from_logits(case), student_TV.double())
     assert (loss.dtype, grad_TV.dtype) == (torch.float32, torch.bfloat16)
     assert_close(loss.double(), want, rtol=1e-6, atol=0)
     assert_close(grad_TV.double(), want_TV, rtol=2.0**-8, atol=1e-6)
@@ -260,7 +204,7 @@ def test_no_tokens() -> None:
     case = make_case()
     weight_VH = case.student_weight_VH.requires_grad_()
     none_TH, teacher_TH = case.student_hidden_TH[:0], case.teacher_hidden_TH[:0]
-    loss = linear_kl(none_TH, weight_VH, teacher_TH, case.teacher_weight_VH, vocab_size=37)
+    loss = linear_distillation(none_TH, weight_VH, teacher_TH, case.teacher_weight_VH, loss=FORWARD_KL, vocab_size=37)
     loss.backward()
     assert loss == 0
     assert weight_VH.grad is not None

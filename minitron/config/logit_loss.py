@@ -1,0 +1,80 @@
+"""Which divergence between the teacher's and the student's distribution distillation minimises."""
+
+import math
+from dataclasses import dataclass
+from enum import StrEnum
+
+from minitron.errors import ConfigError
+
+
+class LogitLossKind(StrEnum):
+    """The papers' losses on p = softmax(teacher / T) and q = softmax(student / T)."""
+
+    forward_kl = "forward_kl"
+    """KL(p || q), the papers' choice."""
+    reverse_kl = "reverse_kl"
+    """KL(q || p)."""
+    jensen_shannon = "jensen_shannon"
+    """beta * KL(p || m) + (1 - beta) * KL(q || m), m = beta * p + (1 - beta) * q."""
+    mse = "mse"
+    """Mean over the vocabulary of (p - q)^2."""
+    cosine = "cosine"
+    """1 - cos(p, q)."""
+
+
+class TopKRest(StrEnum):
+    """What becomes of the probability outside the teacher's K most likely tokens."""
+
+    drop = "drop"
+    """It is left out; the K keep their true probabilities. The loss can be negative."""
+    renormalize = "renormalize"
+    """It is left out; both distributions are made to sum to 1 over the K."""
+    ghost = "ghost"
+    """It counts as one more token, in both distributions."""
+
+
+@dataclass(kw_only=True)
+class LogitLossConfig:
+    """The loss on the logits (arXiv 2407.14679, section 3). The default is the papers' best.
+
+    Every kind is multiplied by the square of the temperature, so that gradients keep their size when it changes
+    (arXiv 1503.02531, section 2.1).
+    """
+
+    kind: LogitLossKind = LogitLossKind.forward_kl
+    """Which divergence."""
+    temperature: float = 1.0
+    """T: both models' logits are divided by it."""
+    beta: float = 0.5
+    """Weight of the teacher in `LogitLossKind.jensen_shannon`."""
+    top_k: int = 0
+    """Compare on the teacher's K most likely tokens only; 0 for the full vocabulary. Forward KL only."""
+    top_k_rest: TopKRest = TopKRest.ghost
+    """What becomes of the rest of the vocabulary under `top_k`."""
+
+    def __post_init__(self) -> None:
+        """Check the values.
+
+        Raises:
+            ConfigError: a value outside its range, or one that the chosen kind does not have.
+        """
+        section = "distill.logit_loss"
+        if not 0 < self.temperature < math.inf:  # false for nan too
+            raise ConfigError(f"{section}.temperature={self.temperature} must be a finite number more than 0")
+        if not 0 < self.beta < 1:
+            raise ConfigError(
+                f"{section}.beta={self.beta} must lie between 0 and 1, both excluded; the limits are "
+                f"{section}.kind=forward_kl and reverse_kl"
+            )
+        if self.beta != 0.5 and self.kind is not LogitLossKind.jensen_shannon:
+            raise ConfigError(
+                f"{section}.beta={self.beta} has no meaning for {section}.kind={self.kind}; leave it out, or set "
+                f"{section}.kind=jensen_shannon"
+            )
+        if self.top_k < 0:
+            raise ConfigError(f"{section}.top_k={self.top_k} must be at least 1, or 0 for the full vocabulary")
+        if self.top_k and self.kind is not LogitLossKind.forward_kl:
+            raise ConfigError(
+                f"{section}.top_k={self.top_k} goes with {section}.kind=forward_kl only, not with {self.kind}; set "
+                f"one of the two"
+            )

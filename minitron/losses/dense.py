@@ -1,0 +1,232 @@
+"""Losses over the full vocabulary: `Divergence` objects on two rows of logits, or on logits and labels.
+
+p is the teacher's distribution (logits t), q the student's (logits s). The teacher's logits come in the
+student's dtype and divided by the temperature (`minitron.losses.select`). Each gradient is exactly zero where
+the student's logits are the teacher's: differences are taken before sums.
+"""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from minitron.losses.divergence import Scratch, work_memory
+from minitron.losses.vocab import ScaledSums, VocabShard, row_max
+
+
+def forward_kl(
+    student_Cv: Tensor,
+    target: Tensor,
+    grad_Cv: Tensor | None,
+    weight_C: Tensor,
+    vocab: VocabShard,
+    scratch: Scratch,
+) -> Tensor:
+    """KL(teacher || student) = sum_v p_v (t_v - s_v) - lse(t) + lse(s), with gradient q - p.
+
+    The dot product takes the difference of the logits, not that of two large sums: fp32 precision.
+    """
+    teacher_max_C, student_max_C = row_max(target), row_max(student_Cv)
+    diff_Cv = torch.sub(target, student_Cv, out=scratch.like("diff", target))
+    teacher_exp_Cv = torch.sub(target, teacher_max_C[:, None], out=scratch.like("teacher_exp", target)).exp_()
+    student_exp_Cv = torch.sub(student_Cv, student_max_C[:, None], out=work_memory(student_Cv, grad_Cv, scratch)).exp_()
+    dot_C = diff_Cv.mul_(teacher_exp_Cv).sum(-1)
+    teacher, student = vocab.merge(
+        ScaledSums(teacher_max_C, (teacher_exp_Cv.sum(-1), dot_C)),
+        ScaledSums(student_max_C, (student_exp_Cv.sum(-1),)),
+    )
+    teacher_sum_C, dot_C = teacher.sums
+    (student_sum_C,) = student.sums
+    if grad_Cv is not None:
+        student_scale_C = weight_C * (student_max_C - student.max_C).exp() / student_sum_C
+        teacher_scale_C = weight_C * (teacher_max_C - teacher.max_C).exp() / teacher_sum_C
+        # Two rounded products, not addcmul's fused one: where q = p the gradient is exactly zero.
+        grad_Cv.mul_(student_scale_C[:, None]).sub_(teacher_exp_Cv.mul_(teacher_scale_C[:, None]))
+    log_ratio_C = (student.max_C - teacher.max_C) + (student_sum_C.log() - teacher_sum_C.log())
+    return dot_C / teacher_sum_C + log_ratio_C
+
+
+def reverse_kl(
+    student_Cv: Tensor,
+    target: Tensor,
+    grad_Cv: Tensor | None,
+    weight_C: Tensor,
+    vocab: VocabShard,
+    scratch: Scratch,
+) -> Tensor:
+    """KL(student || teacher) = sum_v q_v (s_v - t_v) - lse(s) + lse(t), with gradient q (s - t - its mean under q)."""
+    teacher_max_C, student_max_C = row_max(target), row_max(student_Cv)
+    diff_Cv = torch.sub(student_Cv, target, out=scratch.like("diff", target))
+    teacher_exp_Cv = torch.sub(target, teacher_max_C[:, None], out=scratch.like("teacher_exp", target)).exp_()
+    teacher_sum_C = teacher_exp_Cv.sum(-1)
+    student_exp_Cv = torch.sub(student_Cv, student_max_C[:, None], out=work_memory(student_Cv, grad_Cv, scratch)).exp_()
+    dot_C = torch.mul(student_exp_Cv, diff_Cv, out=teacher_exp_Cv).sum(-1)
+    teacher, student = vocab.merge(
+        ScaledSums(teacher_max_C, (teacher_sum_C,)),
+        ScaledSums(student_max_C, (student_exp_Cv.sum(-1), dot_C)),
+    )
+    (teacher_sum_C,), (student_sum_C, dot_C) = teacher.sums, student.sums
+    mean_C = dot_C / student_sum_C
+    if grad_Cv is not None:
+        scale_C = weight_C * (student_max_C - student.max_C).exp() / student_sum_C
+        grad_Cv.mul_(diff_Cv.sub_(mean_C[:, None])).mul_(scale_C[:, None])
+    log_ratio_C = (student.max_C - teacher.max_C) + (student_sum_C.log() - teacher_sum_C.log())
+    return mean_C - log_ratio_C
+
+
+class _Softmaxes(NamedTuple):
+    """Both distributions, each in memory that may be overwritten, and lse(s) - lse(t)."""
+
+    teacher_Cv: Tensor
+    student_Cv: Tensor
+    log_ratio_C: Tensor
+
+
+def _softmaxes(
+    student_Cv: Tensor, target: Tensor, grad_Cv: Tensor | None, vocab: VocabShard, scratch: Scratch
+) -> _Softmaxes:
+    """Normalise both, the student's in the gradient's memory if there is one. One collective."""
+    outs = (scratch.like("teacher_exp", target), work_memory(student_Cv, grad_Cv, scratch))
+    maxima = [row_max(target), row_max(student_Cv)]
+    exps = [
+        torch.sub(logits_Cv, max_C[:, None], out=out_Cv).exp_()
+        for logits_Cv, max_C, out_Cv in zip((target, student_Cv), maxima, outs, strict=True)
+    ]
+    merged = vocab.merge(*(ScaledSums(max_C, (exp_Cv.sum(-1),)) for max_C, exp_Cv in zip(maxima, exps, strict=True)))
+    for max_C, exp_Cv, whole in zip(maxima, exps, merged, strict=True):
+        exp_Cv.mul_(((max_C - whole.max_C).exp() / whole.sums[0])[:, None])
+    teacher, student = merged
+    log_ratio_C = (student.max_C - teacher.max_C) + (student.sums[0].log() - teacher.sums[0].log())
+    return _Softmaxes(exps[0], exps[1], log_ratio_C)
+
+
+def _add_up(vocab: VocabShard, *sums: Tensor) -> tuple[Tensor, ...]:
+    """Sums over all ranks' columns."""
+    (whole,) = vocab.merge(ScaledSums(torch.zeros_like(sums[0]), sums))
+    return whole.sums
+
+
+@dataclass(frozen=True)
+class JensenShannon:
+    """beta KL(p || m) + (1 - beta) KL(q || m), m = beta p + (1 - beta) q.
+
+    Its gradient is (1 - beta) q (log(q / m) - KL(q || m)). From d = log(q / p), with c = beta where q is
+    the larger of the two and 1 - beta elsewhere: log(m / max(p, q)) = log1p(c expm1(-|d|)), which neither
+    overflows nor loses the digits of a small d.
+
+    Attributes:
+        beta: the teacher's weight, in (0, 1).
+    """
+
+    beta: float
+
+    def __call__(
+        self,
+        student_Cv: Tensor,
+        target: Tensor,
+        grad_Cv: Tensor | None,
+        weight_C: Tensor,
+        vocab: VocabShard,
+        scratch: Scratch,
+    ) -> Tensor:
+        """Compute one block, see `Divergence`."""
+        ratio_Cv = torch.sub(student_Cv, target, out=scratch.like("diff", target))
+        teacher_Cv, student_Cv, log_ratio_C = _softmaxes(student_Cv, target, grad_Cv, vocab, scratch)
+        ratio_Cv.sub_(log_ratio_C[:, None])
+        log_m_Cv = torch.abs(ratio_Cv, out=scratch.like("log_m", target)).neg_().expm1_()
+        factor_Cv = scratch.like("student_term", target).fill_(1 - self.beta)
+        log_m_Cv.mul_(factor_Cv.masked_fill_(ratio_Cv >= 0, self.beta)).log1p_()  # log(m / max(p, q))
+        student_term_Cv = torch.clamp(ratio_Cv, max=0, out=scratch.like("student_term", target))
+        torch.sub(log_m_Cv, student_term_Cv, out=student_term_Cv)  # log(m / q)
+        log_m_Cv += ratio_Cv.clamp_(min=0)  # log(m / p)
+        teacher_sum_C = teacher_Cv.mul_(log_m_Cv).sum(-1)
+        student_sum_C = torch.mul(student_Cv, student_term_Cv, out=teacher_Cv).sum(-1)
+        teacher_kl_C, student_kl_C = _add_up(vocab, -teacher_sum_C, -student_sum_C)
+        if grad_Cv is not None:
+            scale_C = (self.beta - 1) * weight_C
+            grad_Cv.mul_(student_term_Cv.add_(student_kl_C[:, None])).mul_(scale_C[:, None])
+        return self.beta * teacher_kl_C + (1 - self.beta) * student_kl_C
+
+
+def mse(
+    student_Cv: Tensor,
+    target: Tensor,
+    grad_Cv: Tensor | None,
+    weight_C: Tensor,
+    vocab: VocabShard,
+    scratch: Scratch,
+) -> Tensor:
+    """Mean over the vocabulary of (q - p)^2, with gradient 2/V q (q - p - sum_u q_u (q_u - p_u))."""
+    teacher_Cv, student_Cv, _ = _softmaxes(student_Cv, target, grad_Cv, vocab, scratch)
+    diff_Cv = torch.sub(student_Cv, teacher_Cv, out=teacher_Cv)
+    product_Cv = scratch.like("diff", target)
+    square_C = torch.mul(diff_Cv, diff_Cv, out=product_Cv).sum(-1)
+    dot_C = torch.mul(student_Cv, diff_Cv, out=product_Cv).sum(-1)
+    square_C, dot_C = _add_up(vocab, square_C, dot_C)
+    if grad_Cv is not None:
+        scale_C = weight_C * (2 / vocab.vocab_size)
+        grad_Cv.mul_(diff_Cv.sub_(dot_C[:, None])).mul_(scale_C[:, None])
+    return square_C / vocab.vocab_size
+
+
+def cosine(
+    student_Cv: Tensor,
+    target: Tensor,
+    grad_Cv: Tensor | None,
+    weight_C: Tensor,
+    vocab: VocabShard,
+    scratch: Scratch,
+) -> Tensor:
+    """1 - cos(p, q) = |p/|p| - q/|q||^2 / 2, with gradient q' (q' - p' - loss q') where ' is over the length.
+
+    Softmax' denominators cancel: only the sums of squares are needed.
+    """
+    outs = (scratch.like("teacher_exp", target), work_memory(student_Cv, grad_Cv, scratch))
+    product_Cv = scratch.like("diff", target)
+    units, parts = [], []
+    for logits_Cv, out_Cv in zip((target, student_Cv), outs, strict=True):
+        max_C = row_max(logits_Cv)
+        units.append(torch.sub(logits_Cv, max_C[:, None], out=out_Cv).exp_())
+        parts.append(ScaledSums(2 * max_C, (torch.mul(out_Cv, out_Cv, out=product_Cv).sum(-1),)))
+    for unit_Cv, part, whole in zip(units, parts, vocab.merge(*parts), strict=True):
+        unit_Cv.mul_((((part.max_C - whole.max_C) / 2).exp() / whole.sums[0].sqrt())[:, None])
+    teacher_Cv, student_Cv = units
+    diff_Cv = torch.sub(student_Cv, teacher_Cv, out=teacher_Cv)
+    (square_C,) = _add_up(vocab, torch.mul(diff_Cv, diff_Cv, out=product_Cv).sum(-1))
+    loss_C = square_C / 2
+    if grad_Cv is not None:
+        diff_Cv.sub_(torch.mul(student_Cv, loss_C[:, None], out=product_Cv))
+        grad_Cv.mul_(diff_Cv).mul_(weight_C[:, None])
+    return loss_C
+
+
+def cross_entropy(
+    student_Cv: Tensor,
+    target: Tensor,
+    grad_Cv: Tensor | None,
+    weight_C: Tensor,
+    vocab: VocabShard,
+    scratch: Scratch,
+) -> Tensor:
+    """Cross-entropy with label ids, lse(s) - s_label, with gradient q - onehot(label).
+
+    A label outside the vocabulary gives NaN.
+    """
+    max_C = row_max(student_Cv)
+    index_C = target - vocab.start
+    here_C = (index_C >= 0) & (index_C < vocab.num_valid)
+    index_C1 = index_C.clamp(0, max(0, vocab.num_valid - 1))[:, None]
+    label_C = torch.zeros_like(weight_C)
+    if vocab.num_valid:
+        label_C = student_Cv.gather(1, index_C1).squeeze(1).where(here_C, label_C)
+    exp_Cv = torch.sub(student_Cv, max_C[:, None], out=work_memory(student_Cv, grad_Cv, scratch)).exp_()
+    softmax, label = vocab.merge(
+        ScaledSums(max_C, (exp_Cv.sum(-1),)), ScaledSums(torch.zeros_like(label_C), (label_C,))
+    )
+    (sum_C,), (label_C,) = softmax.sums, label.sums
+    if grad_Cv is not None and vocab.num_valid:
+        grad_Cv.mul_((weight_C * (max_C - softmax.max_C).exp() / sum_C)[:, None])
+        grad_Cv.scatter_add_(1, index_C1, (-weight_C * here_C)[:, None])
+    known_C = (target >= 0) & (target < vocab.vocab_size)
+    return (softmax.max_C - label_C + sum_C.log()).where(known_C, torch.nan)

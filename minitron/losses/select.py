@@ -1,0 +1,77 @@
+"""From the config to the loss that the engine runs."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from minitron.config.logit_loss import LogitLossConfig, LogitLossKind
+from minitron.errors import ConfigError
+from minitron.losses.dense import JensenShannon, cosine, forward_kl, mse, reverse_kl
+from minitron.losses.divergence import Divergence, Scratch
+from minitron.losses.sparse import TopKKL
+from minitron.losses.vocab import VocabShard
+
+
+@dataclass(frozen=True)
+class Tempered:
+    """T^2 times a divergence of both models' logits over T; the teacher's in the student's dtype.
+
+    Attributes:
+        divergence: the loss of two rows of logits in one dtype.
+        temperature: T.
+    """
+
+    divergence: Divergence[Tensor]
+    temperature: float
+
+    def __call__(
+        self,
+        student_Cv: Tensor,
+        target: Tensor,
+        grad_Cv: Tensor | None,
+        weight_C: Tensor,
+        vocab: VocabShard,
+        scratch: Scratch,
+    ) -> Tensor:
+        """Compute one block, see `Divergence`."""
+        target = scratch.cast("teacher", target, student_Cv.dtype)
+        if self.temperature == 1:
+            return self.divergence(student_Cv, target, grad_Cv, weight_C, vocab, scratch)
+        inverse = 1 / self.temperature
+        target = torch.mul(target, inverse, out=scratch.like("teacher", target))
+        out_Cv = scratch.like("tempered", student_Cv) if grad_Cv is None else grad_Cv
+        student_Cv = torch.mul(student_Cv, inverse, out=out_Cv)
+        # The gradient is with respect to s / T, and T^2 / T is left.
+        loss_C = self.divergence(student_Cv, target, grad_Cv, weight_C * self.temperature, vocab, scratch)
+        return loss_C * self.temperature**2
+
+
+def select(loss: LogitLossConfig, vocab: VocabShard) -> Divergence[Tensor]:
+    """The configured divergence of two rows of logits.
+
+    Args:
+        loss: which.
+        vocab: this rank's columns.
+
+    Raises:
+        ConfigError: K is larger than the vocabulary.
+    """
+    if loss.top_k > vocab.vocab_size:
+        raise ConfigError(
+            f"distill.logit_loss.top_k={loss.top_k} is more than the {vocab.vocab_size} tokens of the vocabulary; "
+            f"set 0 for all of them"
+        )
+    divergence: Divergence[Tensor]
+    match loss.kind:
+        case LogitLossKind.forward_kl:
+            divergence = TopKKL(loss.top_k, loss.top_k_rest) if loss.top_k else forward_kl
+        case LogitLossKind.reverse_kl:
+            divergence = reverse_kl
+        case LogitLossKind.jensen_shannon:
+            divergence = JensenShannon(loss.beta)
+        case LogitLossKind.mse:
+            divergence = mse
+        case LogitLossKind.cosine:
+            divergence = cosine
+    return Tempered(divergence, loss.temperature)
