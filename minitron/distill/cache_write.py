@@ -94,25 +94,39 @@ def _open(session: Session, identity: CacheIdentity, data: Path, out: Path) -> t
     cache.check(identity, to_extend=True)
     missing = cache.missing(needed_samples(session.config, data))
     numbers = [int(shard.name.split("-")[0]) for shard in out.glob(f"*{SHARD_SUFFIX}")]
-    settings = identity.settings
-    per_token = settings.max_bytes_per_token(identity.vocab_size)
-    total, free = per_token * len(missing) * identity.seq_length, shutil.disk_usage(out).free
-    least = "" if settings.method is CacheMethod.top_k else "at most "
-    session.say(
-        f"  {len(missing):,} sequences to write ({len(cache.samples):,} are there): {least}{per_token} bytes/token, "
-        f"{least}{total / 1e9:.3g} GB of {free / 1e9:.3g} GB free"
-    )
-    if total > free:
-        raise ArtefactError(
-            f"{out}: the cache would take {least}{total / 1e9:.3g} GB but {free / 1e9:.3g} GB are free; lower "
-            f"{'teacher_logits.num_draws' if settings.method is CacheMethod.sampled else 'teacher_logits.top_k'} "
-            f"(now {settings.max_entries}) or distill.train.num_tokens, or set runs_dir= to a larger disk"
-        )
+    session.say(f"  {planned_size(out, identity, len(missing))}; {len(cache.samples):,} are there")
     torch.distributed.barrier()
     if session.is_main:
         for left_over in out.glob(f"*{PARTIAL_SUFFIX}"):
             left_over.unlink()
     return missing, max(numbers, default=-1) + 1
+
+
+def planned_size(folder: Path, identity: CacheIdentity, num_samples: int) -> str:
+    """What so many samples will take, in words.
+
+    Args:
+        folder: Where they go.
+        identity: What the cache belongs to.
+        num_samples: Samples to write.
+
+    Raises:
+        ArtefactError: That is more than the disk has free.
+    """
+    settings = identity.settings
+    per_token = settings.max_bytes_per_token(identity.vocab_size)
+    total, free = per_token * num_samples * identity.seq_length, shutil.disk_usage(folder).free
+    most = "" if settings.method is CacheMethod.top_k else "at most "
+    if total > free:
+        key = "num_draws" if settings.method is CacheMethod.sampled else "top_k"
+        raise ArtefactError(
+            f"{folder}: the cache would take {most}{total / 1e9:.3g} GB but {free / 1e9:.3g} GB are free; lower "
+            f"teacher_logits.{key}={settings.max_entries} or distill.train.num_tokens, or set runs_dir= to a larger disk"
+        )
+    return (
+        f"{num_samples:,} sequences to write: {most}{per_token} bytes/token, {most}{total / 1e9:.3g} GB of "
+        f"{free / 1e9:.3g} GB free"
+    )
 
 
 def _run_teacher(

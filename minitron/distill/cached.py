@@ -19,13 +19,9 @@ class CachedTeacher:
         cache: The cache; it must have every sample that comes.
         is_last_stage: Whether this rank computes losses.
         device: Where the entries go.
-
-    Attributes:
-        vocab_size: True size of the teacher's vocabulary.
     """
 
     def __init__(self, cache: LogitCache, *, is_last_stage: bool, device: torch.device) -> None:
-        self.vocab_size = cache.identity.vocab_size
         self._cache = cache
         self._settings = cache.identity.settings
         self._is_last_stage = is_last_stage

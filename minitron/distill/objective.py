@@ -6,7 +6,7 @@ and its loss reads the signal. Both models' logits exist only chunk by chunk, in
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from torch import Tensor
 
@@ -41,7 +41,7 @@ class Distillation:
     groups: Groups
     sequence_parallel: bool
     cross_entropy: CrossEntropyMixConfig
-    logit_loss: LogitLossConfig
+    logit_loss: LogitLossConfig = field(default_factory=LogitLossConfig)
 
     def signals(self, microbatches: Sequence[Batch]) -> Sequence[Signal]:
         """Run the teacher."""

@@ -1,5 +1,6 @@
 """The distill stage: teacher (or a cache of its distributions) and student in, a distilled checkpoint folder out."""
 
+from functools import partial
 from pathlib import Path
 
 from minitron.checkpoint.folder import copy_side_files
@@ -9,7 +10,7 @@ from minitron.distill.cache_format import LogitCache
 from minitron.distill.cache_plan import cache_identity, lacking
 from minitron.distill.cached import CachedTeacher
 from minitron.distill.objective import Distillation
-from minitron.distill.teacher import OnlineTeacher, freeze
+from minitron.distill.teacher import OnlineTeacher, Teacher, freeze
 from minitron.errors import ArtefactError, ConfigError
 from minitron.models.load import load_gpt
 from minitron.runtime.session import Session
@@ -36,11 +37,12 @@ def distill(
     """
     settings = session.config.distill
     cached = settings.teacher.source is TeacherSource.cached
-    source = _open_cache(session, teacher, teacher_id, data) if cached else _load_teacher(session, teacher)
+    load = partial(_open_cache, teacher_id=teacher_id, data=data) if cached else _load_teacher
+    source, vocab_size = load(session, teacher)
     student_gpt, student_model = load_gpt(student, session)
-    if source.vocab_size != student_model.vocab_size:
+    if vocab_size != student_model.vocab_size:
         raise ConfigError(
-            f"teacher vocab_size={source.vocab_size} and student vocab_size={student_model.vocab_size} differ; "
+            f"teacher vocab_size={vocab_size} and student vocab_size={student_model.vocab_size} differ; "
             "their distributions cannot be compared"
         )
     objective = Distillation(
@@ -67,14 +69,15 @@ def distill(
     return summary
 
 
-def _load_teacher(session: Session, folder: Path) -> OnlineTeacher:
+def _load_teacher(session: Session, folder: Path) -> tuple[Teacher, int]:
+    """The teacher, and the size of its vocabulary."""
     precision = PrecisionConfig(dtype=session.config.distill.teacher.dtype or session.config.precision.dtype)
     gpt, model = load_gpt(folder, session, precision=precision)
-    return OnlineTeacher(freeze(gpt), model.vocab_size)
+    return OnlineTeacher(freeze(gpt)), model.vocab_size
 
 
-def _open_cache(session: Session, folder: Path, teacher_id: str, data: Path) -> CachedTeacher:
-    """Open a cache and make sure, before the first step, that every sample is in it."""
+def _open_cache(session: Session, folder: Path, *, teacher_id: str, data: Path) -> tuple[Teacher, int]:
+    """The same from a cache; make sure, before the first step, that every sample is in it."""
     cache = LogitCache(folder)
     cache.check(cache_identity(session.config, data, teacher=teacher_id), to_extend=False)
     lack = lacking(session.config, data, cache)
@@ -83,4 +86,5 @@ def _open_cache(session: Session, folder: Path, teacher_id: str, data: Path) -> 
             f"{lack}; run `minitron teacher-logits` in the run that this folder belongs to, with the same "
             "distill.train and seed, which adds them"
         )
-    return CachedTeacher(cache, is_last_stage=session.groups.is_last_stage, device=session.torch_device)
+    teacher = CachedTeacher(cache, is_last_stage=session.groups.is_last_stage, device=session.torch_device)
+    return teacher, cache.identity.vocab_size

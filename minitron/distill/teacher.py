@@ -41,11 +41,9 @@ class OnlineTeacher:
 
     Attributes:
         gpt: The teacher; frozen and in evaluation mode (see `freeze`).
-        vocab_size: True size of its vocabulary.
     """
 
     gpt: GPTModel
-    vocab_size: int
 
     def signals(self, microbatches: Sequence[Batch]) -> list[Signal]:
         """Run a forward-only schedule; the final states stay on the last pipeline stage."""

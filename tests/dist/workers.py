@@ -19,7 +19,7 @@ from minitron.config.parallel import ParallelConfig
 from minitron.config.precision import PrecisionConfig
 from minitron.config.run import Device
 from minitron.config.train import TrainConfig
-from minitron.data.batch import Batch
+from minitron.data.batch import NO_SAMPLE, Batch
 from minitron.config.distill import CrossEntropyMixConfig
 from minitron.distill.objective import Distillation
 from minitron.distill.teacher import OnlineTeacher, freeze
@@ -143,6 +143,7 @@ def microbatches(tokens_GT: Tensor, groups: Groups, *, size: int = 1) -> list[Ba
             labels_BS=tokens_GT[first : first + size, 1:].contiguous(),
             position_ids_BS=torch.arange(length).repeat(size, 1),
             loss_mask_BS=mask_G[first : first + size, None].expand(-1, length).contiguous(),
+            sample_index_B=torch.full((size,), NO_SAMPLE),
         )
         for first in range(groups.dp_rank * size, len(tokens_GT), size * ranks)
     ]

@@ -7,6 +7,7 @@ import torch
 from minitron.config.teacher_logits import CacheMethod, TeacherLogitsConfig
 from minitron.distill.cache_format import Entries
 from minitron.distill.sparsify import sparse_entries, stratified_draws
+from minitron.losses import SparseTarget, linear_sparse_kl
 from minitron.losses.vocab import VocabShard
 from tests.helpers.pool import WorkerPool
 from tests.unit.distill.workers import dense_softmax, entries_of_shard
@@ -87,6 +88,38 @@ def test_counts_are_unbiased_and_vary_less_than_independent_draws() -> None:
         likely = p_V > 0.1
         assert likely.any()
         assert (q_SV.var(0) < 0.5 * independent_V)[likely].all()
+
+
+def test_loss_and_gradient_of_draws_are_unbiased() -> None:
+    """Means over many tokens of one distribution against KL(p || q) and q - p, within 5 standard errors."""
+    copies, n, vocab_size, token = 4000, DRAWS.num_draws, 50, 3
+    teacher_SH, teacher_VH = model()
+    found = sparse_entries(
+        teacher_SH[token].expand(copies, H), teacher_VH, 1, DRAWS, VocabShard.build(vocab_size, PADDED, None)
+    )
+    ids_TK, counts_TK = (torch.from_numpy(part) for part in found.padded(n))
+    entropy_T = torch.from_numpy(found.entropy_S)
+    target = SparseTarget(ids_TK, counts_TK.double() / n, entropy_T)
+
+    generator = torch.Generator().manual_seed(5)
+    hidden_TH = torch.randn(1, 4, generator=generator, dtype=torch.float64).repeat(copies, 1).requires_grad_()
+    weight_VH = torch.randn(PADDED, 4, generator=generator, dtype=torch.float64, requires_grad=True)
+    token_weights_T = torch.full((copies,), 1 / copies, dtype=torch.float64)
+    loss = linear_sparse_kl(
+        hidden_TH, weight_VH, target, rest=None, vocab_size=vocab_size, token_weights_T=token_weights_T
+    )
+    (gradient_TH,) = torch.autograd.grad(loss, hidden_TH)
+
+    p_V = torch.from_numpy(dense_softmax(teacher_SH[token : token + 1], teacher_VH, vocab_size)[0])
+    rows_VH = weight_VH.detach()[:vocab_size]
+    log_q_V = (hidden_TH.detach()[0] @ rows_VH.t()).log_softmax(-1)
+    kl = (p_V * (p_V.log() - log_q_V)).sum()
+    variance = (p_V * log_q_V**2).sum() - (p_V * log_q_V).sum() ** 2  # of one independent draw
+    assert abs(float(loss - kl)) <= 5 * float(variance / n / copies) ** 0.5
+    assert float(variance / n / copies) ** 0.5 < 0.01 * float(kl), "the bound should mean something"
+    expected_H = (log_q_V.exp() - p_V) @ rows_VH
+    variance_H = p_V @ rows_VH**2 - (p_V @ rows_VH) ** 2
+    assert ((gradient_TH.sum(0) - expected_H).abs() <= 5 * (variance_H / n / copies).sqrt()).all()
 
 
 @pytest.mark.parametrize("settings", [DRAWS, TOP_K, TOP_P], ids=lambda settings: settings.method)
