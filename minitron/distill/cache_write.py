@@ -121,7 +121,8 @@ def planned_size(folder: Path, identity: CacheIdentity, num_samples: int) -> str
         key = "num_draws" if settings.method is CacheMethod.sampled else "top_k"
         raise ArtefactError(
             f"{folder}: the cache would take {most}{total / 1e9:.3g} GB but {free / 1e9:.3g} GB are free; lower "
-            f"teacher_logits.{key}={settings.max_entries} or distill.train.num_tokens, or set runs_dir= to a larger disk"
+            f"teacher_logits.{key}={settings.max_entries} or distill.train.num_tokens, or set runs_dir= to a larger "
+            "disk"
         )
     return (
         f"{num_samples:,} sequences to write: {most}{per_token} bytes/token, {most}{total / 1e9:.3g} GB of "

@@ -109,6 +109,7 @@ def test_loss_and_gradient_of_draws_are_unbiased() -> None:
         hidden_TH, weight_VH, target, rest=None, vocab_size=vocab_size, token_weights_T=token_weights_T
     )
     (gradient_TH,) = torch.autograd.grad(loss, hidden_TH)
+    loss = loss.detach()
 
     p_V = torch.from_numpy(dense_softmax(teacher_SH[token : token + 1], teacher_VH, vocab_size)[0])
     rows_VH = weight_VH.detach()[:vocab_size]
