@@ -84,8 +84,9 @@ def test_another_run_reads_the_same_cache(runs_dir: Path) -> None:
     for stage in ("data", "prune"):
         shutil.copytree(runs_dir / "tiny" / stage, runs_dir / "other" / stage)
     settings = ["name=other", CACHED, f"distill.teacher.cache={runs_dir / 'tiny' / 'teacher_logits'}"]
-    refused = _minitron("distill", runs_dir, *settings, "seed=5")
+    refused = _minitron("distill", runs_dir, *settings, "distill.train.num_tokens=7680")
     assert refused.returncode == 8, refused.stderr
-    assert " of the 160 sequences that distill.train.num_tokens=5120 and seed=5 read are not in" in refused.stderr
+    assert "error: 80 of the 240 sequences that distill.train.num_tokens=7680 and seed=1234 read" in refused.stderr
+    assert "run `minitron teacher-logits` in the run that this folder belongs to" in refused.stderr
     result = _minitron("distill", runs_dir, *settings, "distill.train.num_tokens=2560")
     assert result.returncode == 0, result.stdout + result.stderr
