@@ -9,13 +9,16 @@ import torch
 
 from minitron.checkpoint.folder import is_checkpoint_folder, read_model_config
 from minitron.cli.exporting import export
-from minitron.cli.stages import CHECKPOINT_OF, random_ranking
+from minitron.cli.stages import CHECKPOINT_OF, random_ranking, teacher_digest
 from minitron.config.compose import to_yaml
+from minitron.config.distill import TeacherSource
 from minitron.config.precision import Dtype
 from minitron.config.run import SourceDtype, SourceKind
 from minitron.config.trainings import TRAININGS, settings_of
 from minitron.data.build import build_dataset
 from minitron.data.summary import Split, require_tokens
+from minitron.distill.cache_plan import cache_identity
+from minitron.distill.cache_write import write_teacher_logits
 from minitron.distill.run import distill
 from minitron.eval.run import check_better_than_chance, evaluate
 from minitron.models.axes import num_embedding_parameters, num_parameters
@@ -51,6 +54,7 @@ def act(stage: str, session: Session, out: Path) -> Values:
         "score": _score,
         "prune": _prune,
         "prune_random": _prune_random,
+        "teacher_logits": _teacher_logits,
         "export": export,
         "report": _report,
         "ablation": _ablation,
@@ -150,15 +154,41 @@ def _prune_random(session: Session, out: Path) -> Values:
     return _prune(replace(session, config=random_ranking(session.config)), out)
 
 
+def _teacher_folder(session: Session) -> Path:
+    """Checkpoint folder of the model to learn from."""
+    given = session.config.distill.teacher.path
+    return Path(given) if given else session.run.stage("teacher")
+
+
+def _teacher_logits(session: Session, out: Path) -> Values:
+    data = session.run.stage("data")
+    identity = cache_identity(session.config, data, teacher=teacher_digest(session.config, session.run))
+    whole = session.context_as_data()  # distributions are kept by whole sequences
+    teacher = _teacher_folder(session)
+    return dict(write_teacher_logits(whole, teacher=teacher, identity=identity, data=data, out=out))
+
+
 def _train(stage: str, session: Session, out: Path) -> Values:
     """One run of the training loop, by distillation or on the text alone."""
     training, run = TRAININGS[stage], session.run
     start = StartingPoint(run.stage(training.start or "prune"), random_weights=training.start is None)
     settings, data = settings_of(session.config, stage), run.stage("data")
     if training.distills:
-        given = session.config.distill.teacher.path
-        teacher = Path(given) if given else run.stage("teacher")
-        summary = distill(session, stage=stage, teacher=teacher, start=start, settings=settings, data=data, out=out)
+        taught = session.config.distill.teacher
+        teacher = _teacher_folder(session)
+        if taught.source is TeacherSource.cached:
+            teacher = Path(taught.cache) if taught.cache else run.stage("teacher_logits")
+        teacher_id = teacher_digest(session.config, run)
+        summary = distill(
+            session,
+            stage=stage,
+            teacher=teacher,
+            teacher_id=teacher_id,
+            start=start,
+            settings=settings,
+            data=data,
+            out=out,
+        )
     else:
         summary = train_on_text(session, stage=stage, start=start, settings=settings, data=data, out=out)
     return dict(summary)

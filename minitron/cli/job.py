@@ -6,7 +6,7 @@ from pathlib import Path
 from rich.console import Console
 
 from minitron.checkpoint.folder import MODEL_FILE, is_checkpoint_folder, read_model_config
-from minitron.cli.stages import lines_of, stages_of
+from minitron.cli.stages import lines_of, needs_cache, stages_of
 from minitron.cli.turn import in_turn
 from minitron.cli.worker import run_rank
 from minitron.config.compose import load_resolved, to_yaml
@@ -76,6 +76,8 @@ def wanted_stages(verb: str, config: RunConfig) -> list[str]:
     """The stages a verb runs."""
     stages = [stage for stage in stages_of(config) if stage.name != "eval_checkpoint"]
     names = [stage.name for stage in stages]
+    if verb in ("compress", "ablate") and not needs_cache(config):
+        names = [name for name in names if _verb_name(name) != "teacher_logits"]
     match verb:
         case "compress":  # to the last report: what an ablation needs beside comes after it
             return names[: max(number for number, name in enumerate(names) if _verb_name(name) == "report") + 1]
@@ -86,6 +88,18 @@ def wanted_stages(verb: str, config: RunConfig) -> list[str]:
                     "baseline.enabled=true"
                 )
             return [name for name in names if name not in ("export", "report")]
+        case "teacher-logits":
+            if config.distill.teacher.cache:
+                raise ConfigError(
+                    f"minitron teacher-logits writes this run's own cache, but distill reads distill.teacher.cache="
+                    f"{config.distill.teacher.cache}; leave that out, or run it in the run the folder belongs to"
+                )
+            if own_layout(config.distill, config.parallel) is not None:
+                raise ConfigError(
+                    "minitron teacher-logits runs the teacher in the layout of `parallel`; set "
+                    "distill.teacher.parallel and distill.teacher.micro_batch_size to null"
+                )
+            return [name for name in names if _verb_name(name) == "teacher_logits"]
         case "train":
             return _wanted_training(names)
         case "eval":

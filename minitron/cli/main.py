@@ -17,9 +17,13 @@ VERBS: dict[str, tuple[str, str]] = {
     "data": ("text -> Megatron .bin/.idx, split into train and held-out", "data"),
     "score": ("one calibration pass -> importance of every head, neuron, channel and layer", "score"),
     "prune": ("scores and a target shape -> a prune spec and a smaller checkpoint", "prune"),
+    "teacher-logits": (
+        "the teacher's distributions, a few numbers per token, for distill without it",
+        "teacher_logits",
+    ),
     "distill": ("teacher and pruned student -> a distilled checkpoint", "distill"),
     "train": (
-        "cross-entropy: the teacher's correction with correction.enabled=true, else the control from random weights",
+        "cross-entropy: teacher correction with correction.enabled=true, else the from-scratch control",
         "correction, distill.train",
     ),
     "ablate": ("the papers' five recipes at equal tokens, and a longer run from scratch", "ablation, distill"),
@@ -36,6 +40,7 @@ Overrides are key=value, as in Hydra:
   parallel.tensor_model_parallel_size=2    the layout; the ranks are started for it
   prune.hidden_size=3072                   the target shape; what is not named is kept
   distill.train.num_tokens=2000000000      how long to retrain
+  distill.teacher.source=cached            from what teacher-logits wrote; compress runs it
 --print-config shows every key with its value.
 """
 
@@ -50,7 +55,7 @@ def build_parser() -> argparse.ArgumentParser:
         epilog=f"{_EPILOG}\nTry it: minitron compress experiment=demo",
     )
     parser.add_argument("--version", action="version", version=f"minitron {minitron.__version__}")
-    verbs = "\n".join(f"  {name:<10}{text}" for name, (text, _sections) in VERBS.items())
+    verbs = "\n".join(f"  {name:<16}{text}" for name, (text, _sections) in VERBS.items())
     # The list is ours: argparse's own wraps the lines, and prints a suppressed verb all the same.
     subparsers = parser.add_subparsers(
         title="verbs", description=verbs, help=argparse.SUPPRESS, dest="verb", required=True, prog="minitron"

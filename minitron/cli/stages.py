@@ -8,14 +8,17 @@ from typing import TYPE_CHECKING, Any
 
 from minitron.checkpoint.folder import is_checkpoint_folder
 from minitron.config.compose import flat_values
+from minitron.config.distill import TeacherSource
 from minitron.config.line import Ancestor
 from minitron.config.prune import Ranking
 from minitron.config.run import RunConfig, SourceKind
 from minitron.config.trainings import ABLATION, TRAININGS, in_step, settings_of
 from minitron.data.sources import source_fingerprint as text_fingerprint
+from minitron.distill.cache_format import LogitCache, read_identity
+from minitron.distill.cache_plan import lacking
 from minitron.models.hf_import import source_fingerprint as model_fingerprint
 from minitron.pipeline import Stage, nothing_outside
-from minitron.runtime.artefact import RunFolder
+from minitron.runtime.artefact import RunFolder, StageIdentity
 
 if TYPE_CHECKING:
     from minitron.runtime.session import Session
@@ -28,7 +31,8 @@ _LOGGING_ONLY = ("log_interval_steps", "save_interval_steps", "eval_interval_ste
 _TEACHERS_PLACE = (
     "distill.teacher.parallel.",
     "distill.teacher.micro_batch_size",
-    "distill.teacher.path",  # what counts is the content, see _teacher_outside
+    "distill.teacher.path",  # what counts is the content, see _teacher_outside and _cache_outside
+    "distill.teacher.cache",
 )
 """Where the teacher is and how it is laid out does not change what it says."""
 
@@ -75,8 +79,10 @@ class Line:
         """A stage as it is in this line."""
 
         def run(session: "Session", out: Path) -> Values:
-            folder = RunFolder(session.run.path, self.place)
-            return stage.run(replace(session, config=self.config, run=folder), out)
+            return stage.run(replace(session, config=self.config, run=placed(session.run)), out)
+
+        def placed(run: RunFolder) -> RunFolder:
+            return RunFolder(run.path, self.place)
 
         return replace(
             stage,
@@ -84,6 +90,7 @@ class Line:
             needs=tuple(dict.fromkeys(map(self.place, stage.needs))),
             values=lambda _: stage.values(self.config),
             outside=lambda _: stage.outside(self.config),
+            lacks=lambda _, run: stage.lacks(self.config, placed(run)),
             run=run,
         )
 
@@ -113,7 +120,7 @@ def stages_of(config: RunConfig) -> list[Stage]:
             outside=_text_outside,
         ),
         _eval_stage("teacher"),
-        *(_training_stages("correct") if config.correction.enabled else []),
+        *(_training_stages("correct", config) if config.correction.enabled else []),
         Stage("eval_checkpoint", ("data",), _eval_values, _action("eval_checkpoint"), outside=_checkpoint_outside),
     ]
     whole = Line(config)
@@ -132,8 +139,17 @@ def _line_stages(config: RunConfig) -> list[Stage]:
             "prune", ("source", *(["score"] if needs_scores else [])), lambda c: _section(c, "prune"), _action("prune")
         ),
         _eval_stage("pruned"),
-        *_training_stages("distill"),
-        *(_training_stages("baseline") if config.baseline.enabled else []),
+        Stage(
+            "teacher_logits",
+            ("teacher", "data"),
+            _teacher_logits_values,
+            _action("teacher_logits"),
+            outside=_teacher_outside,
+            resumable=True,
+            lacks=_lacking_logits,
+        ),
+        *_training_stages("distill", config),
+        *(_training_stages("baseline", config) if config.baseline.enabled else []),
         Stage("export", ("distill", "data"), lambda c: _section(c, "export"), _action("export")),
         Stage(
             "report",
@@ -151,7 +167,7 @@ def _ablation_stages(config: RunConfig) -> list[Stage]:
     others = [name for name in ABLATION if name not in ("distill", "baseline")]
     return [
         Stage("prune_random", ("source",), lambda c: _section(random_ranking(c), "prune"), _action("prune_random")),
-        *(stage for name in others for stage in _training_stages(name)),
+        *(stage for name in others for stage in _training_stages(name, config)),
         Stage(
             "ablation",
             ("eval_teacher", "eval_pruned", *(f"eval_{_evaluated(name)}" for name in ABLATION)),
@@ -166,7 +182,22 @@ def random_ranking(config: RunConfig) -> RunConfig:
     return replace(config, prune=replace(config.prune, ranking=Ranking.random))
 
 
-def _training_stages(name: str) -> list[Stage]:
+def needs_cache(config: RunConfig) -> bool:
+    """Whether distillation reads the run's own cache of the teacher."""
+    return config.distill.teacher.source is TeacherSource.cached and config.distill.teacher.cache is None
+
+
+def teacher_digest(config: RunConfig, run: RunFolder) -> str:
+    """Identity of the teacher's weights; the checkpoint of an imported one need not be there any more."""
+    if config.distill.teacher.path is not None:
+        return _teacher_outside(config)["teacher"]
+    meta = run.meta("teacher")
+    if meta is not None:
+        return str(meta["digest"])
+    return StageIdentity("import", _source_values(config), _model_outside(config)).digest
+
+
+def _training_stages(name: str, config: RunConfig) -> list[Stage]:
     """A training run and the evaluation of what it leaves."""
     training = TRAININGS[name]
     needs = [training.start or "prune", "data"]
@@ -174,9 +205,15 @@ def _training_stages(name: str) -> list[Stage]:
     def values(config: RunConfig) -> Values:
         return _training_values(config, name) | (_recipe_values(config) if training.distills else {})
 
+    outside: Callable[[RunConfig], dict[str, str]] = nothing_outside
     if training.distills:
-        needs.insert(0, "teacher")
-    outside = _teacher_outside if training.distills else nothing_outside
+        outside = _teacher_outside
+        if config.distill.teacher.source is TeacherSource.online:
+            needs.insert(0, "teacher")
+        elif needs_cache(config):
+            needs.insert(0, "teacher_logits")
+        else:
+            outside = _cache_outside
     stage = Stage(name, tuple(needs), values, _action(name), outside=outside, resumable=True)
     return [stage, _eval_stage(_evaluated(name))]
 
@@ -234,6 +271,16 @@ def _recipe_values(config: RunConfig) -> Values:
     return {key: value for key, value in values.items() if not key.startswith(("distill.train.", *_TEACHERS_PLACE))}
 
 
+def _teacher_logits_values(config: RunConfig) -> Values:
+    """Not which samples: a cache only grows. ``data.seq_length`` is part of the data stage's identity."""
+    dtype = config.distill.teacher.dtype or config.precision.dtype
+    return config.teacher_logits.parameters() | {"dtype": str(dtype)}
+
+
+def _lacking_logits(config: RunConfig, run: RunFolder) -> str | None:
+    return lacking(config, run.stage("data"), LogitCache(run.stage("teacher_logits")))
+
+
 def _eval_values(config: RunConfig) -> Values:
     settings = _section(config, "eval", drop=("micro_batch_size", "checkpoint"))
     return settings | _section(config, "precision") | _section(config, "report")
@@ -266,6 +313,14 @@ def _folder_outside(name: str, given: str | None) -> dict[str, str]:
         with file.open("rb") as stream:
             digest.update(file.name.encode() + hashlib.file_digest(stream, "sha256").digest())
     return {name: digest.hexdigest()}
+
+
+def _cache_outside(config: RunConfig) -> dict[str, str]:
+    """What the cache of another run, ``distill.teacher.cache``, belongs to."""
+    if config.distill.teacher.cache is None:
+        return {}
+    identity = read_identity(Path(config.distill.teacher.cache))
+    return {"teacher_logits": hashlib.sha256(repr(identity).encode()).hexdigest()}
 
 
 def _text_outside(config: RunConfig) -> dict[str, str]:

@@ -2,9 +2,10 @@
 
 import math
 from dataclasses import dataclass, field
+from enum import StrEnum
 
 from minitron.config.intermediate import IntermediateConfig
-from minitron.config.logit_loss import LogitLossConfig
+from minitron.config.logit_loss import LogitLossConfig, LogitLossKind
 from minitron.config.mixing import Mixing
 from minitron.config.precision import Dtype
 from minitron.config.train import TrainConfig
@@ -27,6 +28,13 @@ class CrossEntropyMixConfig:
             raise ConfigError(f"distill.cross_entropy.weight={self.weight} must be a number of at least 0")
 
 
+class TeacherSource(StrEnum):
+    """Where the teacher's distributions come from (member names equal their values: OmegaConf reads the names)."""
+
+    online = "online"
+    cached = "cached"
+
+
 @dataclass(kw_only=True)
 class TeacherParallelConfig:
     """A layout of the teacher's own, on the student's ranks. What is left over after TP x PP is data-parallel."""
@@ -41,6 +49,12 @@ class TeacherParallelConfig:
 class TeacherConfig:
     """The teacher and how it runs."""
 
+    source: TeacherSource = TeacherSource.online
+    """``online``: the teacher runs beside the student. ``cached``: what `minitron teacher-logits` wrote is read, and
+    the teacher is not loaded."""
+    cache: str | None = None
+    """``source=cached``: the teacher_logits folder of another run, with the same data and teacher; null takes this
+    run's own."""
     path: str | None = None
     """A checkpoint folder to learn from, such as runs/corrected/distill; null takes the run's own source."""
     dtype: Dtype | None = None
@@ -49,6 +63,14 @@ class TeacherConfig:
     """The teacher's own layout; by default it has the student's."""
     micro_batch_size: int | None = None
     """Sequences in one forward pass of one data-parallel rank of the teacher; null takes the student's."""
+
+    def __post_init__(self) -> None:
+        """Refuse combinations that cannot work."""
+        if self.cache is not None and self.source is not TeacherSource.cached:
+            raise ConfigError(
+                f"distill.teacher.cache={self.cache} is read by distill.teacher.source=cached only, and it is "
+                f"{self.source}; set one of the two"
+            )
 
 
 @dataclass(kw_only=True)
@@ -67,3 +89,29 @@ class DistillConfig:
     """Losses between hidden states inside the two models."""
     teacher_microbatches: int = 0
     """Most micro-batches whose teacher states wait at once; 0 holds a whole step's."""
+
+    def __post_init__(self) -> None:
+        """Refuse losses that a cached teacher cannot give.
+
+        Raises:
+            ConfigError: With the setting to change.
+        """
+        if self.teacher.source is not TeacherSource.cached:
+            return
+        if self.intermediate.enabled:
+            raise ConfigError(
+                "distill.intermediate needs the teacher's states, but distill.teacher.source=cached has none of them: "
+                "leave distill.intermediate without pairs, or set distill.teacher.source=online"
+            )
+        loss = self.logit_loss
+        for name, value, only in (
+            ("kind", loss.kind, LogitLossKind.forward_kl),
+            ("temperature", loss.temperature, 1.0),
+            ("top_k", loss.top_k, 0),
+        ):
+            if value != only:
+                raise ConfigError(
+                    f"distill.logit_loss.{name}={value} needs the teacher's whole distributions, but "
+                    f"distill.teacher.source=cached has a part of them: leave it {only} (what is kept is chosen by "
+                    "teacher_logits.method), or set distill.teacher.source=online"
+                )

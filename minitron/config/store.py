@@ -18,6 +18,7 @@ from minitron.config.run import (
     TrackingConfig,
 )
 from minitron.config.score import ScoreConfig
+from minitron.config.teacher_logits import TeacherLogitsConfig
 
 GROUPS: dict[str, type] = {
     "source": SourceConfig,
@@ -26,6 +27,7 @@ GROUPS: dict[str, type] = {
     "data": DataConfig,
     "score": ScoreConfig,
     "prune": PruneConfig,
+    "teacher_logits": TeacherLogitsConfig,
     "distill": DistillConfig,
     "baseline": BaselineConfig,
     "correction": CorrectionConfig,

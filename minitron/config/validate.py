@@ -1,5 +1,6 @@
 """Rules that span several sections of a run. Each raises one error that says what to change."""
 
+from minitron.config.distill import TeacherSource
 from minitron.config.line import check_chain
 from minitron.config.parallel import ParallelConfig
 from minitron.config.run import RunConfig, SourceKind
@@ -28,6 +29,12 @@ def validate(run: RunConfig) -> None:
     own = own_layout(run.distill, run.parallel)
     if run.distill.intermediate.enabled:
         _check_intermediate(run.parallel, own)
+    if own is not None and run.distill.teacher.source is TeacherSource.cached:
+        raise ConfigError(
+            "distill.teacher.parallel and distill.teacher.micro_batch_size lay out a teacher that runs, but "
+            "distill.teacher.source=cached runs none (teacher_logits.micro_batch_size is for writing the cache); "
+            "set them to null"
+        )
     group, stages = run.distill.teacher_microbatches, run.parallel.pipeline_model_parallel_size
     if run.parallel.num_chunks > 1 and group % stages:
         raise ConfigError(

@@ -8,6 +8,9 @@ from torch import Tensor
 from minitron.parallel.context import context_positions
 from minitron.parallel.groups import Groups
 
+NO_SAMPLE = -1
+"""Sample index of a row that only fills up a batch, or does not come from a data folder."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Batch:
@@ -19,6 +22,8 @@ class Batch:
         position_ids_BS: 0 to S - 1 in each row, int64; documents inside a row do not restart it.
         loss_mask_BS: float32; 1 everywhere, or 0 throughout a row that only fills up the batch.
             Losses are divided by the sum of the mask over all micro-batches and DP ranks.
+        sample_index_B: which sequence of its split each row is, int64, on the host; `NO_SAMPLE` on rows
+            that only fill up. With the dataset and the sequence length it names the row's content, whatever the run.
         context_parallel_size: ranks that share the sequences; S is this rank's part of them.
         whole_loss_tokens: sum of the mask over the whole sequences, where S is a part; see `num_loss_tokens`.
     """
@@ -27,6 +32,7 @@ class Batch:
     labels_BS: Tensor
     position_ids_BS: Tensor
     loss_mask_BS: Tensor
+    sample_index_B: Tensor
     context_parallel_size: int = 1
     whole_loss_tokens: Tensor | None = None
 

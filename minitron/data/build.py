@@ -1,5 +1,6 @@
 """Text to Megatron ``.bin/.idx`` files: ``train``, ``heldout`` and ``data.json``."""
 
+import hashlib
 from collections.abc import Callable
 from pathlib import Path
 
@@ -94,6 +95,16 @@ def build_dataset(
         seq_length=cfg.seq_length,
         tokenizer_sha256=spec.sha256,
         source_fingerprint=fingerprint,
+        train_sha256=_content_sha256(out_dir / Split.train),
     )
     save_summary(out_dir, summary)
     return summary
+
+
+def _content_sha256(prefix: Path) -> str:
+    """Hash of a split's ids and of its index, which has the documents' lengths."""
+    digest = hashlib.sha256()
+    for suffix in (".bin", ".idx"):
+        with prefix.with_suffix(suffix).open("rb") as stream:
+            digest.update(hashlib.file_digest(stream, "sha256").digest())
+    return digest.hexdigest()

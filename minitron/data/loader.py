@@ -9,10 +9,12 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import overload
 
+import numpy as np
 import torch
 
 from minitron.config.train import num_microbatches
-from minitron.data.batch import Batch
+from minitron.data.batch import NO_SAMPLE, Batch
+from minitron.data.order import Indices, epoch_order
 from minitron.data.packed import PackedSequences, open_split
 from minitron.data.summary import Split, require_tokens
 from minitron.errors import ConfigError
@@ -23,8 +25,8 @@ Sample = dict[str, torch.Tensor]
 class TrainBatches:
     """The micro-batches of every training step, as a pure function of the step number.
 
-    The run is cut into epochs of whole sequences; each epoch has an order of its own, made from
-    (seed, epoch). Step ``s`` takes the sequences ``s * global_batch_size`` and following of that
+    The sequences themselves are the same in every run; each epoch reads them in an order of its own,
+    made from (seed, epoch). Step ``s`` takes the sequences ``s * global_batch_size`` and following of that
     endless list, so neither ``num_steps`` nor the layout nor where a run was resumed matters.
 
     Args:
@@ -61,10 +63,9 @@ class TrainBatches:
             data_dir, Split.train, num_sequences=global_batch_size, seq_length=seq_length
         )
         self._slots = _rank_slots(micro_batch_size, dp_rank=dp_rank, dp_size=dp_size)
-        self._seq_length = seq_length
         self._seed = seed
-        self._tokens, self._summary = open_split(data_dir, Split.train)
-        self._epochs: dict[int, PackedSequences] = {}
+        self._sequences = training_sequences(data_dir, seq_length)
+        self._epochs: dict[int, Indices] = {}
 
     @property
     def num_epochs(self) -> float:
@@ -76,30 +77,32 @@ class TrainBatches:
         assert 0 <= step < self.num_steps, f"step {step} of {self.num_steps}"
         first = step * self.global_batch_size
         return [
-            _stack([self._sample(first + slot) for slot in self._slots(micro)])
+            _stack(self._sequences, [self._sample_index(first + slot) for slot in self._slots(micro)])
             for micro in range(self.num_microbatches)
         ]
 
-    def _sample(self, position: int) -> Sample:
+    def _sample_index(self, position: int) -> int:
         epoch, index = divmod(position, self.samples_per_epoch)
         if epoch not in self._epochs:
             # A global batch reaches into the next epoch at most: keep that and the one before.
             self._epochs = {e: kept for e, kept in self._epochs.items() if e == epoch - 1}
-            self._epochs[epoch] = PackedSequences(
-                self._tokens,
-                seq_length=self._seq_length,
-                facts=self._summary,
-                order=(self._seed, epoch),
-            )
-        sample: Sample = self._epochs[epoch][index]
-        return sample
+            self._epochs[epoch] = epoch_order(self.samples_per_epoch, seed=self._seed, epoch=epoch)
+        return int(self._epochs[epoch][index])
 
 
 class FixedBatches(Sequence[Batch]):
-    """A fixed set of sequences, each exactly once over all DP ranks, cut into micro-batches.
+    """A fixed list of sequences, each exactly once over all DP ranks, cut into micro-batches.
 
     Every DP rank has the same number of micro-batches. Where the sequences do not fill the last
     ones, rows whose ``loss_mask_BS`` is 0 do.
+
+    Args:
+        sequences: the split.
+        indices: the sample indices to go through, in this order.
+        seq_length: tokens per sequence.
+        micro_batch_size: sequences per micro-batch and DP rank.
+        dp_rank: this process's data-parallel rank.
+        dp_size: number of data-parallel ranks.
 
     Attributes:
         num_sequences: sequences over all ranks, filling rows not counted.
@@ -110,17 +113,18 @@ class FixedBatches(Sequence[Batch]):
         self,
         sequences: PackedSequences,
         *,
-        num_sequences: int,
+        indices: Indices,
         seq_length: int,
         micro_batch_size: int,
         dp_rank: int,
         dp_size: int,
     ) -> None:
-        self.num_sequences = num_sequences
-        self.num_tokens = num_sequences * seq_length
+        self.num_sequences = len(indices)
+        self.num_tokens = self.num_sequences * seq_length
         self._sequences = sequences
+        self._indices = indices
         self._slots = _rank_slots(micro_batch_size, dp_rank=dp_rank, dp_size=dp_size)
-        self._num_microbatches = -(-num_sequences // (micro_batch_size * dp_size))
+        self._num_microbatches = -(-self.num_sequences // (micro_batch_size * dp_size))
 
     def __len__(self) -> int:
         """Number of this rank's micro-batches (the same on every rank)."""
@@ -136,9 +140,15 @@ class FixedBatches(Sequence[Batch]):
             return [self[i] for i in range(*index.indices(len(self)))]
         if not -len(self) <= index < len(self):
             raise IndexError(f"micro-batch {index} of {len(self)}")
-        # GPTDataset gives its first sequence with a zero mask for the index None.
         slots = self._slots(index % len(self))
-        return _stack([self._sequences[s if s < self.num_sequences else None] for s in slots])
+        chosen = [int(self._indices[slot]) if slot < self.num_sequences else NO_SAMPLE for slot in slots]
+        return _stack(self._sequences, chosen)
+
+
+def training_sequences(data_dir: Path, seq_length: int) -> PackedSequences:
+    """Open the training split; item ``i`` is the sequence of sample index ``i``, in every run."""
+    tokens, summary = open_split(data_dir, Split.train)
+    return PackedSequences(tokens, seq_length=seq_length, facts=summary, shuffle_documents=True)
 
 
 def heldout_batches(
@@ -166,8 +176,8 @@ def heldout_batches(
         available = min(available, max_tokens // seq_length)
     tokens, summary = open_split(data_dir, Split.heldout)
     return FixedBatches(
-        PackedSequences(tokens, seq_length=seq_length, facts=summary, order=None),
-        num_sequences=available,
+        PackedSequences(tokens, seq_length=seq_length, facts=summary, shuffle_documents=False),
+        indices=np.arange(available, dtype=np.int64),
         seq_length=seq_length,
         micro_batch_size=micro_batch_size,
         dp_rank=dp_rank,
@@ -185,16 +195,15 @@ def calibration_batches(
     dp_size: int,
     seed: int,
 ) -> FixedBatches:
-    """Return ``num_samples`` sequences of the training split, in an order made from ``seed``.
+    """Return ``num_samples`` sequences of the training split: the first that a run of this seed reads.
 
     Raises:
         DataError: the split holds fewer.
     """
-    require_tokens(data_dir, Split.train, num_sequences=num_samples, seq_length=seq_length)
-    tokens, summary = open_split(data_dir, Split.train)
+    available = require_tokens(data_dir, Split.train, num_sequences=num_samples, seq_length=seq_length)
     return FixedBatches(
-        PackedSequences(tokens, seq_length=seq_length, facts=summary, order=(seed, 0)),
-        num_sequences=num_samples,
+        training_sequences(data_dir, seq_length),
+        indices=epoch_order(available, seed=seed, epoch=0)[:num_samples],
         seq_length=seq_length,
         micro_batch_size=micro_batch_size,
         dp_rank=dp_rank,
@@ -213,11 +222,14 @@ def _rank_slots(micro_batch_size: int, *, dp_rank: int, dp_size: int) -> Callabl
     return slots
 
 
-def _stack(samples: list[Sample]) -> Batch:
+def _stack(sequences: PackedSequences, indices: list[int]) -> Batch:
+    # GPTDataset gives its first sequence with a zero mask for the index None.
+    samples: list[Sample] = [sequences[None if index == NO_SAMPLE else index] for index in indices]
     tokens_BS = torch.stack([sample["tokens"] for sample in samples])
     return Batch(
         tokens_BS=tokens_BS,
         labels_BS=torch.stack([sample["labels"] for sample in samples]),
         position_ids_BS=torch.arange(tokens_BS.shape[1]).repeat(len(samples), 1),
         loss_mask_BS=torch.stack([sample["loss_mask"] for sample in samples]),
+        sample_index_B=torch.tensor(indices, dtype=torch.int64),
     )

@@ -3,11 +3,12 @@
 ``GPTDataset`` lays the documents (each ends with EOS) end to end and cuts the stream into sequences
 of ``seq_length`` tokens and their shifted labels; attention and positions run across documents.
 
-Only its index is made here instead: one epoch, from a seed of its own. Megatron makes the order of
-a run from its total number of samples, so that a longer run would see other data from the first
-step, and caches the index in files that only global rank 0 may write. One epoch is cheap to order,
-so each process does it in memory: nothing is written, no rank waits for another, and the data
-folder may be read-only.
+Only its index is made here instead, the same for every run: sequence ``i`` of a split depends on the
+data folder and ``seq_length`` alone, so that its number, the *sample index*, names its content for
+good. What a run reads first is decided by `minitron.data.order`. (Megatron makes the index from a
+seed and the run's total number of samples, so that sequence ``i`` is another one in each run, and
+caches it in files that only global rank 0 may write.) The index is cheap, so each process makes it
+in memory: nothing is written, no rank waits for another, and the data folder may be read-only.
 """
 
 from pathlib import Path
@@ -19,6 +20,7 @@ from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 from megatron.core.datasets.utils import Split as MegatronSplit
 
+from minitron.data.order import random_state
 from minitron.data.summary import DatasetSummary, Split, load_summary
 from minitron.errors import DataError
 
@@ -28,6 +30,9 @@ Index = npt.NDArray[np.integer]
 INDEX_MAGIC = b"MMIDIDX\0\0"
 INDEX_HEAD_BYTES = len(INDEX_MAGIC) + 8 + 1 + 8 + 8 + 8
 INDEX_DOCUMENT_BYTES = 4 + 8 + 8  # length, first byte, number of the sequence after it
+
+DOCUMENT_ORDER_SEED = 20240719
+"""Fixed for good: another one gives every sample index other content."""
 
 
 class _TokenizerFacts:
@@ -40,13 +45,14 @@ class _TokenizerFacts:
 
 
 class PackedSequences(GPTDataset):
-    """One epoch of a split. Item ``i`` holds ``tokens``, ``labels`` and ``loss_mask``, each [S].
+    """A split's sequences by sample index. Item ``i`` holds ``tokens``, ``labels`` and ``loss_mask``, each [S].
 
     Args:
         tokens: the opened split.
         seq_length: S, in tokens.
         facts: what the data folder says about its tokenizer.
-        order: seed and epoch that decide the order of documents and of sequences; None keeps the
+        shuffle_documents: lay the documents end to end in one fixed random order, so that neighbours
+            in the file, which often came from one source, do not fill a sequence; False keeps the
             order of the file.
     """
 
@@ -56,9 +62,9 @@ class PackedSequences(GPTDataset):
         *,
         seq_length: int,
         facts: DatasetSummary,
-        order: tuple[int, int] | None,
+        shuffle_documents: bool,
     ) -> None:
-        self._order = order
+        self._shuffle_documents = shuffle_documents
         config = GPTDatasetConfig(
             random_seed=0,  # not read: the index is made below
             sequence_length=seq_length,
@@ -72,11 +78,10 @@ class PackedSequences(GPTDataset):
         super().__init__(tokens, tokens.path_prefix, documents, None, MegatronSplit.train, config)
 
     def _build_document_sample_shuffle_indices(self) -> tuple[Index, Index, Index]:
-        """Order the documents, cut the sequences, order the sequences. Replaces Megatron's."""
+        """Order the documents and cut the sequences. Replaces Megatron's."""
         documents: npt.NDArray[np.int32] = self.indices.copy()
-        random = None if self._order is None else _random_state(*self._order)
-        if random is not None:
-            random.shuffle(documents)
+        if self._shuffle_documents:
+            random_state(DOCUMENT_ORDER_SEED).shuffle(documents)
         lengths = self.dataset.sequence_lengths
         samples = helpers.build_sample_idx(
             lengths.copy(),  # out of the memory map, which the C++ loop reads at random
@@ -87,10 +92,7 @@ class PackedSequences(GPTDataset):
             True,  # drop the last sequence if it is not full
             True,  # one token more, for the labels
         )
-        sequences = np.arange(len(samples) - 1, dtype=np.int64)
-        if random is not None:
-            random.shuffle(sequences)
-        return documents, samples, sequences
+        return documents, samples, np.arange(len(samples) - 1, dtype=np.int64)
 
 
 def open_split(data_dir: Path, split: Split) -> tuple[IndexedDataset, DatasetSummary]:
@@ -127,9 +129,3 @@ def _check_index(path: Path, num_documents: int) -> None:
             f"{path}: {path.stat().st_size} bytes, not an index of {num_documents} documents "
             f"({expected} bytes): run `minitron data` again"
         )
-
-
-def _random_state(seed: int, epoch: int) -> np.random.RandomState:
-    # SeedSequence keeps (seed 0, epoch 1) apart from (seed 1, epoch 0); RandomState is the one
-    # generator whose stream NumPy promises never to change, which an exact resume depends on.
-    return np.random.RandomState(np.random.MT19937(np.random.SeedSequence([seed, epoch])))

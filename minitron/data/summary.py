@@ -39,6 +39,8 @@ class DatasetSummary:
         seq_length: sequence length asked for at build time; a loader may use another.
         tokenizer_sha256: hash of the tokenizer.
         source_fingerprint: hash of the text (``minitron.data.sources.source_fingerprint``).
+        train_sha256: hash of the training split's ids and document lengths. It names the dataset: with
+            ``seq_length``, sequence ``i`` of it is always the same.
     """
 
     train: SplitSummary
@@ -49,6 +51,7 @@ class DatasetSummary:
     seq_length: int
     tokenizer_sha256: str
     source_fingerprint: str
+    train_sha256: str
 
     def split(self, split: Split) -> SplitSummary:
         """Return the size of one split."""

@@ -17,7 +17,7 @@ from minitron.config.mixing import Mixing
 from minitron.data.batch import Batch
 from minitron.distill.intermediate import IntermediateLosses
 from minitron.distill.teacher import Signal, Teacher
-from minitron.losses import linear_distillation
+from minitron.losses import SparseTarget, linear_distillation, linear_sparse_kl
 from minitron.models.gpt import FinalState
 from minitron.models.loss_inputs import loss_inputs
 from minitron.parallel.groups import Groups
@@ -87,9 +87,20 @@ class Distillation:
         return whole
 
     def _logit_loss(self, state: FinalState, batch: Batch, signal: Signal) -> Tensor:
-        assert signal.final is not None, "the last stage has a final state"
+        assert signal.final is not None, "the last stage has the teacher's distributions"
         split = self.sequence_parallel
         hidden_TH, weights_T = loss_inputs(state.hidden_SBH, batch, self.groups, sequence_parallel=split)
+        if isinstance(signal.final, SparseTarget):
+            sampled = signal.final.entropy_T is not None
+            return linear_sparse_kl(
+                hidden_TH,
+                state.weight_vH,
+                signal.final,
+                rest=None if sampled else self.recipe.logit_loss.top_k_rest,
+                vocab_size=self.common_vocab_size or self.vocab_size,
+                tp_group=self.groups.tp,
+                token_weights_T=weights_T,
+            )
         teacher_TH, _ = loss_inputs(
             signal.final.hidden_SBH, batch, self.groups, sequence_parallel=split and not signal.whole
         )

@@ -205,8 +205,9 @@ def _rows(batch: Batch, rows: range) -> Batch:
 
 
 def _by_sequence(batch: Batch) -> list[str]:
-    """What a batch holds for each of its sequences."""
-    return [field.name for field in fields(batch) if isinstance(getattr(batch, field.name), Tensor)]
+    """What a batch holds for each of its sequences, but for their sample indices, which stay on the host."""
+    held = {field.name: getattr(batch, field.name) for field in fields(batch) if field.name != "sample_index_B"}
+    return [name for name, value in held.items() if isinstance(value, Tensor)]
 
 
 def _exchange(

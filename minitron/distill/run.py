@@ -1,4 +1,4 @@
-"""The distill stage: teacher and student from checkpoint folders, a distilled checkpoint folder out."""
+"""The distill stage: teacher (or a cache of its distributions) and student in, a distilled checkpoint folder out."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -6,15 +6,20 @@ from dataclasses import replace
 from pathlib import Path
 
 from minitron.checkpoint.folder import copy_side_files, read_model_config
+from minitron.config.distill import TeacherSource
 from minitron.config.model import ModelConfig
 from minitron.config.precision import PrecisionConfig
 from minitron.config.teacher_layout import own_layout
 from minitron.config.train import TrainConfig
+from minitron.distill.cache_format import LogitCache
+from minitron.distill.cache_plan import cache_identity, lacking
+from minitron.distill.cached import CachedTeacher
 from minitron.distill.intermediate import IntermediateLosses, intermediate_losses
 from minitron.distill.objective import Distillation
 from minitron.distill.relayout import load_relayout_teacher
 from minitron.distill.teacher import OnlineTeacher, Teacher, freeze
 from minitron.distill.vocabulary import common_vocab_size
+from minitron.errors import ArtefactError
 from minitron.models.gpt import Chunks
 from minitron.models.load import load_gpt
 from minitron.models.transformer_config import padded_vocab_size
@@ -23,14 +28,24 @@ from minitron.train.run import StartingPoint, train_to_folder
 
 
 def distill(
-    session: Session, *, stage: str, teacher: Path, start: StartingPoint, settings: TrainConfig, data: Path, out: Path
+    session: Session,
+    *,
+    stage: str,
+    teacher: Path,
+    teacher_id: str,
+    start: StartingPoint,
+    settings: TrainConfig,
+    data: Path,
+    out: Path,
 ) -> dict[str, float]:
     """Distill the teacher into the student.
 
     Args:
         session: The running job; its layout is the student's, and the teacher's unless it has one of its own.
         stage: Name for the bar and the trackers.
-        teacher: Checkpoint folder of the model to learn from.
+        teacher: Checkpoint folder of the model to learn from, or with ``distill.teacher.source=cached`` a cache of
+            its distributions.
+        teacher_id: Identity of the teacher's weights.
         start: The student.
         settings: Batch, schedule, optimizer.
         data: The data folder.
@@ -38,10 +53,14 @@ def distill(
 
     Raises:
         ModelError: The two models' tokenizers differ.
+        ArtefactError: The cache belongs to another teacher or dataset, is damaged, or lacks samples.
     """
     recipe, parallel = session.config.distill, session.config.parallel
-    common = common_vocab_size(teacher, start.folder)
-    source = load_teacher(session, teacher, student_vocab_size=read_model_config(start.folder).vocab_size)
+    if recipe.teacher.source is TeacherSource.cached:
+        source, common = _open_cache(session, teacher, teacher_id=teacher_id, data=data), None
+    else:
+        common = common_vocab_size(teacher, start.folder)
+        source = load_teacher(session, teacher, student_vocab_size=read_model_config(start.folder).vocab_size)
     student_gpt, student_model = start.load(session)
     with _intermediate(session, teacher, source, (student_gpt, student_model)) as (source, losses):
         objective = Distillation(
@@ -103,3 +122,16 @@ def _intermediate(
         device=session.torch_device,
     ) as (states, losses):
         yield replace(teacher, states=states), losses
+
+
+def _open_cache(session: Session, folder: Path, *, teacher_id: str, data: Path) -> Teacher:
+    """A teacher from a cache; make sure, before the first step, that every sample is in it."""
+    cache = LogitCache(folder)
+    cache.check(cache_identity(session.config, data, teacher=teacher_id), to_extend=False)
+    lack = lacking(session.config, data, cache)
+    if lack:
+        raise ArtefactError(
+            f"{lack}; run `minitron teacher-logits` in the run that this folder belongs to, with the same "
+            "distill.train and seed, which adds them"
+        )
+    return CachedTeacher(cache, is_last_stage=session.groups.is_last_stage, device=session.torch_device)

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from minitron.data.batch import Batch
 from minitron.distill.states import TeacherStates
+from minitron.losses import SparseTarget
 from minitron.models.gpt import Chunks, FinalState
 from minitron.train.heldout import forward_only
 
@@ -18,12 +19,13 @@ class Signal:
     """What the teacher leaves on this rank for one micro-batch of the student.
 
     Attributes:
-        final: Final hidden state and output layer, on the student's last pipeline stage; None elsewhere.
+        final: Final hidden state and output layer, or entries of the distributions, on the student's last pipeline
+            stage; None elsewhere.
         states: Intermediate states by name, on the stage that holds the student's side of the pair.
         whole: Whether the final state has the whole sequence on every rank even where the student's is split over TP.
     """
 
-    final: FinalState | None = None
+    final: FinalState | SparseTarget | None = None
     states: Mapping[str, Tensor] = field(default_factory=dict)
     whole: bool = False
 

@@ -6,7 +6,7 @@ import torch
 from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
 from torch import Tensor
 
-from minitron.data.batch import Batch
+from minitron.data.batch import NO_SAMPLE, Batch
 from minitron.data.loader import heldout_batches
 from minitron.models.gpt import Chunks, FinalState
 from minitron.parallel.context import whole_sequence
@@ -44,6 +44,7 @@ def model_logits(
         labels_BS=tokens_BS,
         position_ids_BS=torch.arange(tokens_BS.shape[1], device=tokens_BS.device).repeat(size, 1),
         loss_mask_BS=torch.ones(tokens_BS.shape, device=tokens_BS.device),
+        sample_index_B=torch.full((size,), NO_SAMPLE),
     ).on_rank(groups, tokens_BS.device)
 
     def logits_of(state: FinalState, _batch: Batch) -> Tensor:

@@ -33,6 +33,10 @@ def nothing_outside(_config: RunConfig) -> dict[str, str]:
     return {}
 
 
+def _lacks_nothing(_config: RunConfig, _run: RunFolder) -> str | None:
+    return None
+
+
 @dataclass(frozen=True)
 class Stage:
     """One step of the line.
@@ -44,6 +48,8 @@ class Stage:
         run: Does the work on every rank; writes into the given folder; what it returns on rank 0 is the summary.
         outside: Hashes of content outside the run folder that it reads.
         resumable: Whether an interrupted attempt's folder is of use.
+        lacks: What a finished artefact of the right identity still lacks for this configuration, in words; running
+            the stage again adds it.
     """
 
     name: str
@@ -52,6 +58,7 @@ class Stage:
     run: Callable[["Session", Path], dict[str, Any]]
     outside: Callable[[RunConfig], dict[str, str]] = field(default=nothing_outside)
     resumable: bool = False
+    lacks: Callable[[RunConfig, RunFolder], str | None] = field(default=_lacks_nothing)
 
 
 @dataclass(frozen=True)
@@ -62,7 +69,7 @@ class Planned:
         stage: The stage.
         identity: What its result depends on.
         done: Its artefact exists.
-        changed: Why it is run again, when an older artefact is in its place.
+        changed: Why it is run again, when an older artefact is in its place; empty where it is only added to.
     """
 
     stage: Stage
@@ -94,9 +101,10 @@ def plan_stages(
 
     Raises:
         ArtefactError: A finished stage was made with other inputs (see `RunFolder.is_done`), or a wanted stage needs
-            one that is neither done nor wanted.
+            one that is neither done nor wanted, or that lacks something.
     """
     outside = outside_hashes(stages, config) if outside is None else outside
+    by_name = {stage.name: stage for stage in stages}
     identities: dict[str, StageIdentity] = {}
     planned: list[Planned] = []
     for stage in stages:
@@ -108,7 +116,9 @@ def plan_stages(
             continue
         for needed in stage.needs:
             _check_needed(identities[needed], run, wanted, stage.name)
+            _check_complete(by_name[needed], config, run, wanted, stage.name)
         done, changed = run.is_done(identity, config.on_change)
+        done = done and stage.lacks(config, run) is None
         planned.append(Planned(stage, identity, done, changed))
     return planned
 
@@ -128,6 +138,13 @@ def _check_needed(identity: StageIdentity, run: RunFolder, wanted: Sequence[str]
             f"{by} needs the stage {identity.stage}, but {run.stage(identity.stage)} was made with other inputs "
             f"({changes}); run that stage again, or use another name="
         )
+
+
+def _check_complete(needed: Stage, config: RunConfig, run: RunFolder, wanted: Sequence[str], by: str) -> None:
+    lack = None if needed.name in wanted else needed.lacks(config, run)
+    if lack:
+        verb = needed.name.replace("_", "-")
+        raise ArtefactError(f"{by}: {lack}; run `minitron {verb}` with the same settings, which adds them")
 
 
 def run_stages(planned: Sequence[Planned], session: "Session") -> None:

@@ -122,10 +122,17 @@ class RunFolder:
 
         Args:
             identity: What is about to be made.
-            resumable: Keep what an earlier attempt with the same identity left behind.
+            resumable: Keep what an earlier attempt with the same identity left behind; a finished artefact of the
+                same identity, which lacks something, becomes the working folder again.
         """
         folder = self.path / ".partial" / identity.stage
+        meta = self.meta(identity.stage)
         try:
+            if resumable and meta is not None and meta["digest"] == identity.digest:
+                shutil.rmtree(folder, ignore_errors=True)
+                folder.parent.mkdir(exist_ok=True)
+                self.stage(identity.stage).rename(folder)
+                (folder / "digest").write_text(identity.digest)
             mark = folder / "digest"
             same = mark.exists() and mark.read_text() == identity.digest
             if not (resumable and same):

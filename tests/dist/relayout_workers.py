@@ -28,6 +28,8 @@ from minitron.runtime.artefact import RunFolder
 from minitron.runtime.session import Session
 from minitron.train.optim import Trainable, make_trainable
 from minitron.train.step import accumulate_gradients
+from tests.dist.workers import microbatches
+from tests.helpers.batch import batch_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,7 +72,7 @@ def outcomes(
         session = Session(config, RunFolder(Path("unused")), groups, Device.cpu, Console())
         gpt, model = load_gpt(student, session, parallel=parallel)
         trainable = make_trainable(gpt, train, parallel, groups, seq_length=length)
-        batches = _microbatches(tokens_GT, groups, micro_batch_size)
+        batches = microbatches(tokens_GT, groups, size=micro_batch_size)
         results = []
         for own in teachers:
             own_session = replace(session, config=replace(config, distill=_distill(own, train)))
@@ -93,7 +95,7 @@ def output_gradient(
         trainable = make_trainable(gpt, TrainConfig(), parallel, groups, seq_length=tokens_GT.shape[1] - 1)
         source = load_teacher(session, teacher, student_vocab_size=model.vocab_size)
         objective = Distillation(source, model.vocab_size, groups, False, DistillConfig(), common_vocab_size)
-        _step(trainable, objective, _microbatches(tokens_GT, groups, 1), 0, groups)
+        _step(trainable, objective, microbatches(tokens_GT, groups, size=1), 0, groups)
         gradient: Tensor = list(gpt)[-1].output_layer.weight.main_grad
         return gradient.clone()
 
@@ -105,12 +107,7 @@ def losses_of_split_and_whole_states(seed: int) -> list[tuple[float, Tensor]]:
         generator = torch.Generator().manual_seed(seed)
         hidden_SBH, teacher_SBK = (torch.randn(6, 2, width, generator=generator) for width in (8, 12))
         weight_VH, weight_VK = (torch.randn(20, width, generator=generator) for width in (8, 12))
-        batch = Batch(
-            tokens_BS=torch.zeros(2, 6, dtype=torch.int64),
-            labels_BS=torch.zeros(2, 6, dtype=torch.int64),
-            position_ids_BS=torch.arange(6).repeat(2, 1),
-            loss_mask_BS=torch.ones(2, 6),
-        )
+        batch = batch_of(torch.zeros(2, 7, dtype=torch.int64))
         rows, part = slice(10 * groups.tp_rank, 10 * groups.tp_rank + 10), slice(3 * groups.tp_rank, 3 * groups.tp_rank + 3)
         objective = Distillation(None, 20, groups, True, DistillConfig())  # type: ignore[arg-type]
         found = []
@@ -144,16 +141,3 @@ def _step(
         dist.all_reduce(loss, group=groups.dp)
     dist.broadcast(loss, src=groups.last_stage_source, group=groups.pp)
     return float(loss) / groups.dp.size(), float(trainable.optimizer.get_grad_norm())
-
-
-def _microbatches(tokens_GT: Tensor, groups: Groups, size: int) -> list[Batch]:
-    length = tokens_GT.shape[1] - 1
-    return [
-        Batch(
-            tokens_BS=tokens_GT[first : first + size, :-1].contiguous(),
-            labels_BS=tokens_GT[first : first + size, 1:].contiguous(),
-            position_ids_BS=torch.arange(length).repeat(size, 1),
-            loss_mask_BS=torch.ones(size, length),
-        )
-        for first in range(groups.dp_rank * size, len(tokens_GT), size * groups.dp.size())
-    ]

@@ -18,8 +18,8 @@ from minitron.config.parallel import ParallelConfig
 from minitron.config.precision import PrecisionConfig
 from minitron.config.run import Device
 from minitron.config.train import TrainConfig
-from minitron.data.batch import Batch
 from minitron.config.distill import DistillConfig
+from minitron.data.batch import NO_SAMPLE, Batch
 from minitron.distill.objective import Distillation
 from minitron.distill.teacher import OnlineTeacher, freeze
 from minitron.eval.logits import model_logits
@@ -146,6 +146,7 @@ def microbatches(tokens_GT: Tensor, groups: Groups, *, size: int = 1) -> list[Ba
             labels_BS=tokens_GT[first : first + size, 1:].contiguous(),
             position_ids_BS=torch.arange(length).repeat(size, 1),
             loss_mask_BS=mask_G[first : first + size, None].expand(-1, length).contiguous(),
+            sample_index_B=torch.full((size,), NO_SAMPLE),
         )
         .on_rank(groups, torch.device("cpu"))
         for first in range(groups.dp_rank * size, len(tokens_GT), size * ranks)

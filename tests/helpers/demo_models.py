@@ -19,6 +19,7 @@ from minitron.models.gpt import Chunks, build_gpt
 from minitron.parallel.groups import Groups, model_parallel
 from minitron.train.objective import CrossEntropy
 from minitron.train.optim import Trainable, make_trainable
+from tests.helpers.batch import batch_of
 
 TEACHER = ModelConfig(
     architecture=Architecture.llama,
@@ -78,8 +79,5 @@ def demo(num_stages: int, settings: TrainConfig) -> Iterator[Demo]:
 def random_batches(number: int, vocab_size: int = TEACHER.vocab_size) -> Sequence[Batch]:
     """Micro-batches of one sequence of random tokens."""
     generator = torch.Generator().manual_seed(0)
-    positions_BS, ones_BS = torch.arange(SEQ_LENGTH)[None], torch.ones(1, SEQ_LENGTH)
     ids = torch.randint(vocab_size, (number, 1, SEQ_LENGTH + 1), generator=generator)
-    return [
-        Batch(tokens_BS=i[:, :-1], labels_BS=i[:, 1:], position_ids_BS=positions_BS, loss_mask_BS=ones_BS) for i in ids
-    ]
+    return [batch_of(ids_BT) for ids_BT in ids]

@@ -106,6 +106,9 @@ WRONG: list[tuple[str, list[str]]] = [
     ("distill.train.lr_warmup_steps=123", ["warm-up of 123 steps", "123 steps (num_tokens=1000000 / (8 x 1024)"]),
     ("prune.hidden_size=0", ["prune.hidden_size=0 must be at least 1"]),
     ("prune.drop_layers=[1,1]", ["prune.drop_layers=[1, 1] names a layer twice"]),
+    ("teacher_logits.num_draws=0", ["teacher_logits.num_draws=0 must be between 1 and 65535"]),
+    ("teacher_logits.top_p=nan", ["teacher_logits.top_p=nan must lie in (0, 1]"]),
+    ("distill.teacher.cache=x", ["distill.teacher.cache=x is read by distill.teacher.source=cached only"]),
     ("source.kind=path", ["source.path is not set", "experiment=demo"]),
 ]
 
@@ -118,6 +121,19 @@ def test_wrong_override_is_one_line(override: str, parts: list[str]) -> None:
     assert "\n" not in message
     for part in parts:
         assert part in message
+
+
+@pytest.mark.parametrize(
+    ("override", "kept"), [("kind=reverse_kl", "forward_kl"), ("temperature=2.0", "1.0"), ("top_k=8", "0")]
+)
+def test_a_cached_teacher_has_no_whole_distributions(override: str, kept: str) -> None:
+    compose_run([RANDOM, f"distill.logit_loss.{override}"])
+    with pytest.raises(ConfigError) as caught:
+        compose_run([RANDOM, "distill.teacher.source=cached", f"distill.logit_loss.{override}"])
+    message = str(caught.value)
+    assert message.startswith(f"distill.logit_loss.{override} needs the teacher's whole distributions")
+    assert f"leave it {kept} " in message
+    assert "\n" not in message
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from minitron.data.batch import Batch
+from minitron.data.batch import NO_SAMPLE, Batch
 from minitron.parallel.context import context_positions, gathered_positions
 
 
@@ -39,13 +39,15 @@ def test_shard_cuts_everything_alike_and_keeps_the_whole_count() -> None:
         labels_BS=tokens_BT[:, 1:],
         position_ids_BS=torch.arange(8).repeat(2, 1),
         loss_mask_BS=torch.tensor([[1.0] * 8, [0.0] * 8]),
+        sample_index_B=torch.tensor([7, NO_SAMPLE]),
     )
     assert batch.context_shard(rank=0, size=1) is batch
-    shard = batch.context_shard(rank=1, size=2).to("cpu")
+    shard = batch.context_shard(rank=1, size=2).to(torch.device("cpu"))
     assert shard.tokens_BS.tolist() == [[2, 3, 4, 5], [11, 12, 13, 14]]
     assert shard.labels_BS.tolist() == [[3, 4, 5, 6], [12, 13, 14, 15]]
     assert shard.position_ids_BS.tolist() == [[2, 3, 4, 5]] * 2
     assert shard.loss_mask_BS.tolist() == [[1.0] * 4, [0.0] * 4]
+    assert shard.sample_index_B.tolist() == [7, NO_SAMPLE]
     assert shard.seq_length == batch.seq_length == 8
     assert float(shard.num_loss_tokens) == float(batch.num_loss_tokens) == 8
     with pytest.raises(AssertionError, match="cut already"):

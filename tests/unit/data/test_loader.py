@@ -8,8 +8,9 @@ import pytest
 import torch
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from minitron.data.batch import Batch
+from minitron.data.batch import NO_SAMPLE, Batch
 from minitron.data.loader import FixedBatches, TrainBatches, calibration_batches, heldout_batches
+from minitron.data.order import samples_of_run
 from minitron.data.summary import load_summary
 from minitron.errors import ConfigError, DataError, LayoutError
 
@@ -25,14 +26,23 @@ def numpy_documents(data_dir: Path, split: str) -> list[np.ndarray]:
     return np.split(stream, ends[:-1])
 
 
-def numpy_epoch(data_dir: Path, seed: int, epoch: int) -> np.ndarray:
-    """Sequences of S + 1 ids of one training epoch, by the definition of the order."""
-    random = np.random.RandomState(np.random.MT19937(np.random.SeedSequence([seed, epoch])))
+def numpy_random(*entropy: int) -> np.random.RandomState:
+    return np.random.RandomState(np.random.MT19937(np.random.SeedSequence(entropy)))
+
+
+def numpy_sequences(data_dir: Path) -> np.ndarray:
+    """The training sequences of S + 1 ids by sample index: documents in one fixed order, cut at S."""
     documents = numpy_documents(data_dir, "train")
-    stream = np.concatenate([documents[n] for n in random.permutation(len(documents))])
-    count = (len(stream) - 1) // S
-    cut = np.stack([stream[n * S : n * S + S + 1] for n in range(count)])
-    return cut[random.permutation(count)]
+    order = numpy_random(20240719).permutation(len(documents))
+    assert not np.array_equal(order, np.arange(len(documents)))
+    stream = np.concatenate([documents[n] for n in order])
+    return np.stack([stream[n * S : n * S + S + 1] for n in range((len(stream) - 1) // S)])
+
+
+def numpy_epoch(data_dir: Path, seed: int, epoch: int) -> np.ndarray:
+    """Sequences of one training epoch, by the definition of the order."""
+    sequences = numpy_sequences(data_dir)
+    return sequences[numpy_random(seed, epoch).permutation(len(sequences))]
 
 
 def train(data_dir: Path, **changes: int) -> TrainBatches:
@@ -56,6 +66,7 @@ def rows(batches: Iterable[Batch]) -> np.ndarray:
         assert torch.equal(batch.tokens_BS[:, 1:], batch.labels_BS[:, :-1])
         assert torch.equal(batch.position_ids_BS, torch.arange(S).expand_as(batch.tokens_BS))
         real = batch.loss_mask_BS.sum(dim=1)
+        assert torch.equal(batch.sample_index_B == NO_SAMPLE, real == 0)
         assert torch.equal(real, (real > 0) * float(S))
         joined = torch.cat([batch.tokens_BS, batch.labels_BS[:, -1:]], dim=1)
         found.append(joined[real > 0].numpy())
@@ -98,6 +109,30 @@ def test_train_does_not_depend_on_layout_or_history(data_dir: Path, dp_size: int
         ]
         assert all(len(batches) == GLOBAL_BATCH // dp_size // micro_batch_size for batches in per_rank)
         np.testing.assert_array_equal(over_ranks(per_rank), expected)
+
+
+def test_sample_index_names_the_content_in_every_run(data_dir: Path) -> None:
+    """The same sequence behind the same index, whatever seed, epoch, layout or use of the split."""
+    sequences = numpy_sequences(data_dir)
+    last = train(data_dir).samples_per_epoch // GLOBAL_BATCH  # straddles two epochs
+    batches = [
+        batch for seed in (3, 4) for step in (0, last) for batch in train(data_dir, seed=seed).microbatches(step)
+    ]
+    batches += train(data_dir, dp_rank=1, dp_size=2, micro_batch_size=3).microbatches(2)
+    batches += list(calibration(data_dir, num_samples=9, micro_batch_size=2))
+    seen = [int(index) for batch in batches for index in batch.sample_index_B if index != NO_SAMPLE]
+    np.testing.assert_array_equal(rows(batches), sequences[seen])
+    assert len(set(seen)) > GLOBAL_BATCH
+
+
+@pytest.mark.parametrize("num_steps", [1, 3, 1000])
+def test_samples_of_a_run_are_those_it_reads(data_dir: Path, num_steps: int) -> None:
+    loader = train(data_dir, num_steps=num_steps)
+    steps = range(min(num_steps, 2 * loader.samples_per_epoch // GLOBAL_BATCH))
+    read = {int(i) for step in steps for batch in loader.microbatches(step) for i in batch.sample_index_B}
+    found = samples_of_run(loader.samples_per_epoch, num_positions=num_steps * GLOBAL_BATCH, seed=3)
+    assert found.tolist() == sorted(read)
+    assert len(found) == min(num_steps * GLOBAL_BATCH, loader.samples_per_epoch)
 
 
 def test_seed_changes_the_order(data_dir: Path) -> None:
@@ -157,20 +192,17 @@ def test_fixed_batches_is_a_sequence(data_dir: Path) -> None:
         batches[len(batches)]
 
 
+def calibration(data_dir: Path, **changes: int) -> FixedBatches:
+    values = {"num_samples": 10, "seq_length": S, "micro_batch_size": 1, "dp_rank": 0, "dp_size": 1, "seed": 8}
+    return calibration_batches(data_dir, **(values | changes))
+
+
 @pytest.mark.parametrize(("dp_size", "micro_batch_size"), LAYOUTS)
 def test_calibration_is_the_start_of_the_seeded_train_order(
     data_dir: Path, dp_size: int, micro_batch_size: int
 ) -> None:
     per_rank = [
-        calibration_batches(
-            data_dir,
-            num_samples=10,
-            seq_length=S,
-            micro_batch_size=micro_batch_size,
-            dp_rank=rank,
-            dp_size=dp_size,
-            seed=8,
-        )
+        calibration(data_dir, micro_batch_size=micro_batch_size, dp_rank=rank, dp_size=dp_size)
         for rank in range(dp_size)
     ]
     found = over_ranks([list(batches) for batches in per_rank])
@@ -187,15 +219,7 @@ def test_errors(data_dir: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"max_tokens=15 is less than one sequence of seq_length=16"):
         heldout(data_dir, max_tokens=15)
     with pytest.raises(DataError, match=r"9999 sequences x 16 tokens"):
-        calibration_batches(
-            data_dir,
-            num_samples=9999,
-            seq_length=S,
-            micro_batch_size=1,
-            dp_rank=0,
-            dp_size=1,
-            seed=0,
-        )
+        calibration(data_dir, num_samples=9999)
     with pytest.raises(DataError, match=r"data.json: not found, so .* run `minitron data`"):
         train(tmp_path)
 

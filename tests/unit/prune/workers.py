@@ -13,7 +13,7 @@ from minitron.config.parallel import ParallelConfig
 from minitron.config.precision import PrecisionConfig
 from minitron.config.run import Device, RunConfig
 from minitron.config.score import ScoreConfig
-from minitron.data.batch import Batch
+from minitron.data.batch import NO_SAMPLE, Batch
 from minitron.models.gpt import build_gpt
 from minitron.parallel.groups import model_parallel
 from minitron.prune.calibration import score_model
@@ -66,6 +66,7 @@ def _batches(tokens_BS: torch.Tensor, size: int, rank: int, ranks: int) -> list[
             labels_BS=tokens_BS[first : first + size],
             position_ids_BS=positions_BS,
             loss_mask_BS=mask_BS[first : first + size],
+            sample_index_B=torch.full((size,), NO_SAMPLE),
         )
         for first in range(rank * size, len(tokens_BS), size * ranks)
     ]

@@ -103,3 +103,35 @@ def test_wanted_stage_needs_its_inputs(tmp_path: Path, done: RunFolder) -> None:
     assert "distill needs the stage prune, but" in str(caught.value)
     assert "was made with other inputs (hidden: None -> 8)" in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_what_a_stage_lacks_is_added_to_it(done: RunFolder) -> None:
+    """A finished artefact of the right identity becomes the working folder again, with all that is in it."""
+
+    def line(lack: str | None) -> list[Stage]:
+        return [
+            Stage("data", (), lambda c: {}, _never, resumable=True, lacks=lambda _c, _run: lack),
+            Stage("distill", ("data",), lambda c: {}, _never),
+        ]
+
+    run = RunFolder(done.path.parent / "grows")
+    assert [
+        item.done for item in plan_stages(line("never asked of what is not there"), RunConfig(), run, ["data"])
+    ] == [False]
+    _finish(run, plan_stages(line(None), RunConfig(), run, ["data", "distill"]))
+    (run.stage("data") / "content").write_text("first")
+    with pytest.raises(ArtefactError, match=r"^distill: 3 samples; run `minitron data` with the same settings, which"):
+        plan_stages(line("3 samples"), RunConfig(), run, ["distill"])
+
+    planned = plan_stages(line("3 samples"), RunConfig(), run, ["data", "distill"])
+    assert [(item.done, item.changed) for item in planned] == [(False, []), (True, [])]
+    for _attempt in range(2):  # killed once in between
+        partial = run.begin(planned[0].identity, resumable=True)
+        assert (partial / "content").read_text() == "first"
+        assert not run.stage("data").exists()
+    run.finish(planned[0].identity, summary={"grown": 1}, seconds=0.0, environment={})
+    meta = run.meta("data")
+    assert meta is not None
+    assert meta["summary"] == {"grown": 1}
+    assert (run.stage("data") / "content").exists()
+    assert not (run.path / "superseded").exists()

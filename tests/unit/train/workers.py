@@ -34,6 +34,7 @@ from minitron.train.loop import TrainJob, train
 from minitron.train.objective import CrossEntropy, Loss
 from minitron.train.optim import Trainable, make_trainable
 from minitron.train.step import accumulate_gradients, train_step
+from tests.helpers.batch import batch_of
 
 MODEL = ModelConfig(
     architecture=Architecture.llama,
@@ -72,11 +73,7 @@ def _settings(num_steps: int, parallel: ParallelConfig, **values: Any) -> TrainC
 def _microbatches(step: int, dp_rank: int) -> list[Batch]:
     generator = torch.Generator().manual_seed(100 * step + dp_rank)
     ids = torch.randint(MODEL.vocab_size, (MICROBATCHES, 1, SEQ_LENGTH + 1), generator=generator)
-    positions_BS = torch.arange(SEQ_LENGTH)[None]
-    ones_BS = torch.ones(1, SEQ_LENGTH)
-    return [
-        Batch(tokens_BS=i[:, :-1], labels_BS=i[:, 1:], position_ids_BS=positions_BS, loss_mask_BS=ones_BS) for i in ids
-    ]
+    return [batch_of(ids_BT) for ids_BT in ids]
 
 
 @dataclass(frozen=True)

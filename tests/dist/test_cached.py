@@ -1,0 +1,268 @@
+"""A cache written at one layout serves every other, and gives what the online teacher gives."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from minitron.config.data import DataConfig, DataSource
+from minitron.config.distill import DistillConfig, TeacherConfig, TeacherSource
+from minitron.config.logit_loss import LogitLossConfig, TopKRest
+from minitron.config.run import RunConfig
+from minitron.config.teacher_logits import CacheMethod, TeacherLogitsConfig
+from minitron.config.train import TrainConfig
+from minitron.data.build import build_dataset
+from minitron.data.loader import TrainBatches
+from minitron.distill.cache_format import LogitCache
+from minitron.distill.cache_write import planned_size
+from minitron.distill.cached import CachedTeacher
+from minitron.errors import ArtefactError
+from minitron.losses import SparseTarget, linear_sparse_kl
+from tests.dist.cached_workers import Job, distill_steps, write_cache
+from tests.dist.reference import VOCAB_SIZE, dense_logits, layout
+from tests.helpers.pool import PoolError, WorkerPool
+
+S, GLOBAL_BATCH, STEPS = 16, 8, 3
+LAYOUTS = {"1x1x1": layout(), "tp2": layout(tp=2), "pp2": layout(pp=2), "dp2": layout(dp=2)}
+
+
+def with_settings(job: Job, *, source: TeacherSource = TeacherSource.cached, **parts: Any) -> Job:
+    """Other settings: ``logits``, ``loss``, ``train`` (each a dict of changes)."""
+    config = job.config
+    train = replace(config.distill.train, **parts.get("train", {}))
+    loss = LogitLossConfig(**parts.get("loss", {}))
+    distill = DistillConfig(train=train, teacher=TeacherConfig(source=source), logit_loss=loss)
+    logits = replace(config.teacher_logits, **parts.get("logits", {}))
+    return replace(job, config=replace(config, distill=distill, teacher_logits=logits))
+
+
+@pytest.fixture(scope="module")
+def job(tmp_path_factory: pytest.TempPathFactory, teacher: Path, student: Path) -> Job:
+    root = tmp_path_factory.mktemp("cached")
+    for number in range(12):
+        (root / f"{number}.txt").write_text(" ".join(f"line {n} of {number}\n" for n in range(20)))
+    data = DataConfig(source=DataSource.files, paths=[str(root)], seq_length=S, num_workers=1, heldout_fraction=0.3)
+    build_dataset(data, tokenizer_dir=teacher / "hf", vocab_size=VOCAB_SIZE, out_dir=root / "data")
+    train = TrainConfig(
+        num_tokens=STEPS * GLOBAL_BATCH * S,
+        micro_batch_size=2,
+        global_batch_size=GLOBAL_BATCH,
+        lr=1e-3,
+        min_lr=1e-4,
+        eval_tokens=64,
+        eval_interval_steps=0,
+    )
+    config = RunConfig(
+        data=data,
+        distill=DistillConfig(train=train, teacher=TeacherConfig(source=TeacherSource.cached)),
+        teacher_logits=TeacherLogitsConfig(micro_batch_size=3),  # 24 sequences do not fill the last micro-batches
+    )
+    return Job(config=config, teacher=teacher / "checkpoint", student=student / "checkpoint", data=root / "data")
+
+
+@pytest.fixture(scope="module")
+def caches(pool: WorkerPool, job: Job, tmp_path_factory: pytest.TempPathFactory) -> dict[str, LogitCache]:
+    """The same samples, written at each layout."""
+    root = tmp_path_factory.mktemp("caches")
+    for name, parallel in LAYOUTS.items():
+        pool.run(write_cache, parallel.num_ranks, job, parallel, root / name)
+    return {name: LogitCache(root / name) for name in LAYOUTS}
+
+
+@pytest.fixture(scope="module")
+def top_k_cache(pool: WorkerPool, job: Job, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("top_k") / "cache"
+    pool.run(write_cache, 1, with_settings(job, logits={"method": CacheMethod.top_k, "top_k": 6}), layout(), out)
+    return out
+
+
+def first_batches(job: Job) -> TrainBatches:
+    train = job.config.distill.train
+    return TrainBatches(
+        job.data,
+        seq_length=S,
+        micro_batch_size=4,
+        global_batch_size=train.global_batch_size,
+        dp_rank=0,
+        dp_size=1,
+        seed=job.config.seed,
+        num_steps=STEPS,
+    )
+
+
+@pytest.mark.parametrize("name", [name for name in LAYOUTS if name != "1x1x1"])
+def test_every_layout_writes_the_same(caches: dict[str, LogitCache], name: str) -> None:
+    alone, other = caches["1x1x1"], caches[name]
+    assert other.identity == alone.identity
+    assert len(alone.samples) == STEPS * GLOBAL_BATCH
+    np.testing.assert_array_equal(other.samples, alone.samples)
+    moved = draws = 0
+    for sample in alone.samples.tolist():
+        ours, theirs = alone.read(sample), other.read(sample)
+        np.testing.assert_allclose(theirs.entropy_S, ours.entropy_S, rtol=1e-4, atol=1e-5)
+        dense = np.zeros((2, S, VOCAB_SIZE + 1))
+        for part, entries in zip(dense, (ours, theirs), strict=True):
+            np.put_along_axis(part, *entries.padded(50), -1)
+        moved += int(np.abs(dense[0] - dense[1])[:, :VOCAB_SIZE].sum()) // 2
+        draws += 50 * S
+    assert moved <= 0.001 * draws  # a draw moves where rounding moves a boundary over it
+
+
+def test_size_is_what_is_said(pool: WorkerPool, job: Job, caches: dict[str, LogitCache], top_k_cache: Path) -> None:
+    (summary,) = pool.run(write_cache, 1, job, layout(), caches["1x1x1"].folder)  # nothing is missing
+    tokens = STEPS * GLOBAL_BATCH * S
+    on_disk = sum(path.stat().st_size for path in caches["1x1x1"].folder.glob("*.shard"))
+    assert summary == {"samples": 24, "bytes": on_disk, "bytes_per_token": on_disk / tokens}
+    table = 32 + 32 * 24
+    assert on_disk - table <= tokens * job.config.teacher_logits.max_bytes_per_token(VOCAB_SIZE)
+    assert LogitCache(top_k_cache).num_bytes - table == tokens * (4 + 1 + 6 * (2 + 2))
+
+
+@pytest.mark.parametrize("written", ["tp2", "dp2"])
+def test_every_layout_reads_it(
+    pool: WorkerPool, job: Job, caches: dict[str, LogitCache], tmp_path: Path, written: str
+) -> None:
+    folder = caches[written].folder
+    expected = pool.run(distill_steps, 1, job, layout(), folder, tmp_path / "alone")[0]
+    assert [record["step"] for record in expected] == [1, 2, 3]
+    for name, micro_batch_size in (("tp2", 1), ("pp2", 2), ("dp2", 4)):
+        other = with_settings(job, train={"micro_batch_size": micro_batch_size})
+        parallel = LAYOUTS[name]
+        found = pool.run(distill_steps, parallel.num_ranks, other, parallel, folder, tmp_path / name)[0]
+        for key in ("loss", "forward_kl", "grad_norm"):
+            assert [r[key] for r in found] == pytest.approx([r[key] for r in expected], rel=2e-5), (name, key)
+
+
+@pytest.mark.parametrize("rest", list(TopKRest))
+def test_top_k_takes_the_online_steps(
+    pool: WorkerPool, job: Job, top_k_cache: Path, tmp_path: Path, rest: TopKRest
+) -> None:
+    """The same top-K loss with the teacher in memory; the cache's probabilities are fp16."""
+    online = with_settings(job, source=TeacherSource.online, loss={"top_k": 6, "top_k_rest": rest})
+    cached = with_settings(job, loss={"top_k_rest": rest})
+    expected = pool.run(distill_steps, 1, online, layout(), job.teacher, tmp_path / "online")[0]
+    found = pool.run(distill_steps, 1, cached, layout(), top_k_cache, tmp_path / "cached")[0]
+    for key in ("loss", "grad_norm", "heldout_loss"):
+        numbers = [r[key] for r in found if key in r]
+        assert numbers
+        assert numbers == pytest.approx([r[key] for r in expected if key in r], rel=1e-3), key
+
+
+def test_top_k_equals_the_dense_formula(job: Job, top_k_cache: Path, teacher: Path) -> None:
+    """Loss and gradients against fp64 on transformers' logits; tokens in the order of [S, B]."""
+    batch = first_batches(job).microbatches(0)[0]
+    reader = CachedTeacher(LogitCache(top_k_cache), is_last_stage=True, device=torch.device("cpu"))
+    (signal,) = reader.signals([batch])
+    target = signal.final
+    assert isinstance(target, SparseTarget)
+    assert target.entropy_T is None
+    p_TV = dense_logits(teacher / "hf", batch.tokens_BS).softmax(-1).transpose(0, 1).reshape(-1, VOCAB_SIZE)
+    p_TK, ids_TK = p_TV.topk(6)
+    torch.testing.assert_close(target.probs_TK.double(), p_TK, rtol=1e-3, atol=1e-6)
+
+    generator = torch.Generator().manual_seed(0)
+    hidden_TH, weight_VH = (
+        torch.randn(n, 8, generator=generator, dtype=torch.float64).requires_grad_() for n in (len(p_TV), VOCAB_SIZE)
+    )
+    log_q_TK = (hidden_TH @ weight_VH.t()).log_softmax(-1).gather(1, ids_TK)
+    rest_p_T, rest_q_T = 1 - p_TK.sum(-1), 1 - log_q_TK.exp().sum(-1)
+    dense = (p_TK * (p_TK.log() - log_q_TK)).sum() + (rest_p_T * (rest_p_T.log() - rest_q_T.log())).sum()
+    expected = torch.autograd.grad(dense, (hidden_TH, weight_VH))
+    loss = linear_sparse_kl(hidden_TH, weight_VH, target, rest=TopKRest.ghost, vocab_size=VOCAB_SIZE)
+    torch.testing.assert_close(loss, dense, rtol=1e-3, atol=0)
+    for found, gradient in zip(torch.autograd.grad(loss, (hidden_TH, weight_VH)), expected, strict=True):
+        torch.testing.assert_close(found, gradient, rtol=0, atol=1e-3 * float(gradient.abs().max()))
+
+
+def test_rows_that_only_fill_up_and_stages_without_loss(job: Job, top_k_cache: Path) -> None:
+    batch = first_batches(job).microbatches(0)[0]
+    filled = replace(batch, sample_index_B=torch.tensor([-1, *batch.sample_index_B[1:].tolist()]))
+    cache = LogitCache(top_k_cache)
+    reader = CachedTeacher(cache, is_last_stage=True, device=torch.device("cpu"))
+    whole, part = (signal.final for signal in reader.signals([batch, filled]))
+    assert isinstance(whole, SparseTarget)
+    assert isinstance(part, SparseTarget)
+    ids_SBK, other_SBK = whole.ids_TK.view(S, 4, -1), part.ids_TK.view(S, 4, -1)
+    assert torch.equal(ids_SBK[:, 1:], other_SBK[:, 1:])
+    assert (other_SBK[:, 0] == -1).all()
+    (signal,) = CachedTeacher(cache, is_last_stage=False, device=torch.device("cpu")).signals([batch])
+    assert signal.final is None
+
+
+def test_a_longer_run_adds_what_is_missing(pool: WorkerPool, job: Job, tmp_path: Path) -> None:
+    """Refused before the first step, with the count; then only the missing samples are written."""
+    folder = tmp_path / "cache"
+    pool.run(write_cache, 1, job, layout(), folder)
+    before = {path: path.read_bytes() for path in folder.glob("*.shard")}
+    longer = with_settings(job, train={"num_tokens": 2 * STEPS * GLOBAL_BATCH * S})
+    with pytest.raises(PoolError, match=r"ArtefactError: 24 of the 48 sequences .* not in .*; run `minitron teacher"):
+        pool.run(distill_steps, 1, longer, layout(), folder, tmp_path / "refused")
+    pool.run(write_cache, 2, longer, layout(dp=2), folder)
+    cache = LogitCache(folder)
+    assert len(cache.samples) == 48
+    assert {path: path.read_bytes() for path in before} == before
+    assert sum(len(LogitCache(folder).read(sample).number_S) for sample in cache.samples.tolist()) == 48 * S
+    assert len(pool.run(distill_steps, 1, longer, layout(), folder, tmp_path / "longer")[0]) == 2 * STEPS
+    everything = with_settings(job, train={"num_tokens": 10**6, "lr_warmup_steps": 0})
+    pool.run(write_cache, 1, everything, layout(), folder)
+    reader = first_batches(job)
+    assert LogitCache(folder).samples.tolist() == list(range(reader.samples_per_epoch))
+
+
+def test_a_killed_writer_goes_on(
+    pool: WorkerPool, job: Job, caches: dict[str, LogitCache], tmp_path: Path
+) -> None:
+    folder = tmp_path / "cache"
+    assert pool.run(write_cache, 1, job, layout(), folder, stop_after=1) == [{"shards": 1}]
+    half = LogitCache(folder)
+    assert 0 < len(half.samples) < STEPS * GLOBAL_BATCH
+    assert list(folder.glob("*.partial"))
+    kept = {path: path.read_bytes() for path in folder.glob("*.shard")}
+    pool.run(write_cache, 2, job, LAYOUTS["dp2"], folder)
+    assert not list(folder.glob("*.partial"))
+    assert {path: path.read_bytes() for path in kept} == kept
+    whole, reference = LogitCache(folder), caches["1x1x1"]
+    np.testing.assert_array_equal(whole.samples, reference.samples)
+    for sample in reference.samples.tolist():
+        np.testing.assert_allclose(whole.read(sample).entropy_S, reference.read(sample).entropy_S, rtol=1e-5, atol=1e-6)
+        assert whole.read(sample).number_S.max() <= 50
+
+
+def test_a_disk_too_small_is_refused(caches: dict[str, LogitCache]) -> None:
+    folder, identity = caches["1x1x1"].folder, caches["1x1x1"].identity
+    assert "at most 155 bytes/token, at most 0.00248 GB of" in planned_size(folder, identity, 1000)
+    with pytest.raises(ArtefactError, match=r"would take at most 2.48e\+09 GB but .* GB are free; lower .*num_draws"):
+        planned_size(folder, identity, 10**15)
+    exact = replace(identity, parameters={"method": "top_k", "top_k": 6})
+    assert ": 29 bytes/token, 0.000464 GB of" in planned_size(folder, exact, 1000)
+
+
+def test_a_cache_lands_where_the_online_teacher_does(pool: WorkerPool, job: Job, tmp_path: Path) -> None:
+    """48 steps from a far student: within 2 % in the KL that is left, and 0.5 % in the held-out loss."""
+    train = {"num_tokens": 48 * GLOBAL_BATCH * S, "micro_batch_size": 8, "lr": 3e-3}
+    online = with_settings(job, source=TeacherSource.online, train=train)
+    expected = pool.run(distill_steps, 1, online, layout(), job.teacher, tmp_path / "online")[0]
+    kl = [record["forward_kl"] for record in expected]
+    cached = with_settings(job, train=train)
+    pool.run(write_cache, 1, cached, layout(), tmp_path / "cache")
+    found = pool.run(distill_steps, 1, cached, layout(), tmp_path / "cache", tmp_path / "sampled")[0]
+    got = [record["forward_kl"] for record in found]
+    assert np.mean(kl[-8:]) < 0.6 * kl[0], "the student should have learnt"
+    assert np.mean(got[-8:]) == pytest.approx(np.mean(kl[-8:]), rel=0.02)
+    assert found[-1]["heldout_loss"] == pytest.approx(expected[-1]["heldout_loss"], rel=0.005)
+
+
+def test_foreign_caches_are_refused(pool: WorkerPool, job: Job, caches: dict[str, LogitCache], tmp_path: Path) -> None:
+    folder = caches["1x1x1"].folder
+    with pytest.raises(PoolError, match=r"ArtefactError: .*teacher is the teacher of these tests there and another"):
+        pool.run(distill_steps, 1, job, layout(), folder, tmp_path / "a", teacher_id="another here")
+    longer = replace(job, config=replace(job.config, data=replace(job.config.data, seq_length=2 * S)))
+    with pytest.raises(PoolError, match=r"ArtefactError: .*seq_length is 16 there and 32 here"):
+        pool.run(distill_steps, 1, longer, layout(), folder, tmp_path / "b")
+    other = with_settings(job, logits={"num_draws": 20})
+    with pytest.raises(PoolError, match=r"ArtefactError: .*parameters is .*50.* there and .*20.* here"):
+        pool.run(write_cache, 1, other, layout(), folder)
+
