@@ -88,7 +88,12 @@ class _LinearLoss(torch.autograd.Function):
         num_tokens, num_valid = hidden_TH.shape[0], job.vocab.num_valid
         rows_vH = weight_vH[:num_valid]
         grad_hidden_TH = torch.empty_like(hidden_TH) if need_hidden else None
-        grad_weight_vH = torch.zeros_like(weight_vH, dtype=job.weight_T.dtype) if need_weight else None
+        one_chunk = 0 < num_tokens <= job.chunk_tokens
+        grad_weight_vH: Tensor | None = None
+        if need_weight:
+            # One product is written where it belongs; a sum over chunks needs zeros, and a dtype wide enough.
+            grad_weight_vH = weight_vH.new_empty(weight_vH.shape, dtype=None if one_chunk else job.weight_T.dtype)
+            grad_weight_vH[num_valid if one_chunk else 0 :] = 0
         logits_Cv = hidden_TH.new_empty(min(job.chunk_tokens, num_tokens), num_valid)
         loss = hidden_TH.new_zeros((), dtype=torch.float64)
         for start in range(0, num_tokens, job.chunk_tokens):
@@ -99,7 +104,9 @@ class _LinearLoss(torch.autograd.Function):
             loss += _block_loss(job, student_Cv, job.target(tokens), grad_Cv, job.weight_T[tokens])
             if grad_hidden_TH is not None:
                 torch.mm(student_Cv, rows_vH, out=grad_hidden_TH[tokens])
-            if grad_weight_vH is not None:
+            if grad_weight_vH is not None and one_chunk:
+                torch.mm(student_Cv.t(), hidden_CH, out=grad_weight_vH[:num_valid])
+            elif grad_weight_vH is not None:
                 _accumulate(grad_weight_vH[:num_valid], student_Cv, hidden_CH)
         ctx.save_for_backward(grad_hidden_TH, grad_weight_vH)
         ctx.weight_dtype = weight_vH.dtype
@@ -182,6 +189,6 @@ def _scale(grad: Tensor, grad_loss: Tensor) -> Tensor:
 
 def _block_tokens(logits_Tv: Tensor, vocab: VocabShard, dtype: torch.dtype) -> int:
     """Tokens per block: what stays in the cache of a lone CPU rank, else few launches and collectives."""
-    cpu_bytes = 3 * _MIB // 4 if vocab.num_ranks == 1 else 8 * _MIB
+    cpu_bytes = 3 * _MIB // 8 * torch.get_num_threads() if vocab.num_ranks == 1 else 8 * _MIB
     budget = cpu_bytes if logits_Tv.device.type == "cpu" else 64 * _MIB
     return max(1, budget // (dtype.itemsize * vocab.num_columns))
