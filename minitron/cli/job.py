@@ -145,13 +145,25 @@ def check_models(config: RunConfig) -> None:
     else:
         check_layout(teacher, own.parallel, who="teacher in its own layout (distill.teacher.parallel)")
     check_layout(source, config.parallel.plain(), who="source")  # scored and evaluated, whatever the teacher's layout
+    if config.correction.enabled:
+        check_layout(source, config.parallel, who="teacher to correct (correction.enabled=true)")
     students: dict[str, ModelConfig] = {}
     for line in lines_of(config):
         before = students[line.source.step] if line.source else source
         student = students[line.step] = check_target(before, line.config.prune)
         check_layout(student, config.parallel, who=f"student {line.step}".rstrip())
         beside = students[line.teacher.step] if line.teacher else teacher
-        find_matches(config.distill.intermediate, beside, student, config.parallel)
+        if own is not None:
+            check_layout(beside, own.parallel, who=f"teacher of {line.step} in its own layout")
+        try:
+            find_matches(config.distill.intermediate, beside, student, config.parallel)
+        except ConfigError as error:
+            if not line.step:
+                raise
+            raise ConfigError(f"chain step {line.step}: {error}; rules such as last-2 fit every depth") from error
+    top_k = config.distill.logit_loss.top_k
+    if top_k > source.vocab_size:
+        raise ConfigError(f"distill.logit_loss.top_k={top_k} is more than the vocabulary's {source.vocab_size} tokens")
     for model in (source, teacher):
         longest = min(model.max_position_embeddings, model.sliding_window or model.max_position_embeddings)
         if config.data.seq_length > longest:

@@ -141,7 +141,7 @@ def _line_stages(config: RunConfig) -> list[Stage]:
         _eval_stage("pruned"),
         Stage(
             "teacher_logits",
-            ("teacher", "data"),
+            (*_teacher_needed(config), "data"),
             _teacher_logits_values,
             _action("teacher_logits"),
             outside=_teacher_outside,
@@ -209,13 +209,18 @@ def _training_stages(name: str, config: RunConfig) -> list[Stage]:
     if training.distills:
         outside = _teacher_outside
         if config.distill.teacher.source is TeacherSource.online:
-            needs.insert(0, "teacher")
+            needs[:0] = _teacher_needed(config)
         elif needs_cache(config):
             needs.insert(0, "teacher_logits")
         else:
             outside = _cache_outside
     stage = Stage(name, tuple(needs), values, _action(name), outside=outside, resumable=True)
     return [stage, _eval_stage(_evaluated(name))]
+
+
+def _teacher_needed(config: RunConfig) -> list[str]:
+    """The stage that leaves the teacher; none for a given one."""
+    return ["teacher"] if config.distill.teacher.path is None else []
 
 
 def _evaluated(training: str) -> str:

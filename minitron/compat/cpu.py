@@ -163,8 +163,8 @@ class CpuLayer:
                 "the CPU device layer is refused where CUDA is available; set device=cuda, "
                 "or hide the GPUs with CUDA_VISIBLE_DEVICES= to run on the CPU"
             )
-        for redirect in redirects():
-            owner = pkgutil.resolve_name(redirect.owner)
+        # All owners first: an import that fails must leave nothing redirected.
+        for redirect, owner in [(redirect, pkgutil.resolve_name(redirect.owner)) for redirect in redirects()]:
             self._saved.append((owner, redirect.attribute, vars(owner).get(redirect.attribute, _INHERITED)))
             setattr(owner, redirect.attribute, redirect.replacement)
         self._mode = CudaToCpu()

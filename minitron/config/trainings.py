@@ -51,7 +51,7 @@ def settings_of(config: RunConfig, stage: str) -> TrainConfig:
         scale = config.correction.lr_scale
         return replace(
             train,
-            num_tokens=config.correction.num_tokens or train.num_tokens,
+            num_tokens=train.num_tokens if config.correction.num_tokens is None else config.correction.num_tokens,
             lr=scale * train.lr,
             min_lr=scale * train.min_lr,
         )
@@ -60,5 +60,6 @@ def settings_of(config: RunConfig, stage: str) -> TrainConfig:
 
 def in_step(config: RunConfig, step: ChainStepConfig) -> RunConfig:
     """The run as one step of its chain has it."""
-    train = replace(config.distill.train, num_tokens=step.num_tokens or config.distill.train.num_tokens)
+    num_tokens = config.distill.train.num_tokens if step.num_tokens is None else step.num_tokens
+    train = replace(config.distill.train, num_tokens=num_tokens)
     return replace(config, prune=step.prune, distill=replace(config.distill, train=train), chain=[])

@@ -1,7 +1,7 @@
 """Rules that span several sections of a run. Each raises one error that says what to change."""
 
 from minitron.config.distill import TeacherSource
-from minitron.config.line import check_chain
+from minitron.config.line import Ancestor, check_chain
 from minitron.config.parallel import ParallelConfig
 from minitron.config.run import RunConfig, SourceKind
 from minitron.config.teacher_layout import TeacherLayout, own_layout
@@ -26,6 +26,8 @@ def validate(run: RunConfig) -> None:
     for number, step in enumerate(run.chain):
         train = in_step(run, step).distill.train
         check_train(train, run.parallel, seq_length=seq_length, who=f"chain.{number} ({step.name})")
+    if run.distill.teacher.path is not None:
+        _check_given_teacher(run)
     own = own_layout(run.distill, run.parallel)
     if run.distill.intermediate.enabled:
         _check_intermediate(run.parallel, own)
@@ -47,6 +49,16 @@ def validate(run: RunConfig) -> None:
             f"eval.num_tokens={run.eval.num_tokens} is less than one sequence of data.seq_length={seq_length} tokens"
         )
     _check_split_sequence(seq_length, run.parallel)
+
+
+def _check_given_teacher(run: RunConfig) -> None:
+    """A teacher from elsewhere takes the place of the run's own."""
+    given = f"distill.teacher.path={run.distill.teacher.path}"
+    if run.correction.enabled:
+        raise ConfigError(f"{given} teaches, so the corrected teacher of correction.enabled=true would not be read")
+    for step in run.chain:
+        if step.teacher is Ancestor.previous:
+            raise ConfigError(f"{given} teaches, but chain step {step.name} asks for teacher=previous; leave one out")
 
 
 def _check_intermediate(parallel: ParallelConfig, own: TeacherLayout | None) -> None:

@@ -21,7 +21,7 @@ class Batch:
         labels_BS: the ids one position further on, int64.
         position_ids_BS: 0 to S - 1 in each row, int64; documents inside a row do not restart it.
         loss_mask_BS: float32; 1 everywhere, or 0 throughout a row that only fills up the batch.
-            Losses are divided by the sum of the mask over all micro-batches and DP ranks.
+            A micro-batch's loss is the mean over its mask; a step's is the mean over its micro-batches and DP ranks.
         sample_index_B: which sequence of its split each row is, int64, on the host; `NO_SAMPLE` on rows
             that only fill up. With the dataset and the sequence length it names the row's content, whatever the run.
         context_parallel_size: ranks that share the sequences; S is this rank's part of them.

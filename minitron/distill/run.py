@@ -5,7 +5,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
-from minitron.checkpoint.folder import copy_side_files, read_model_config
+from minitron.checkpoint.folder import read_model_config
 from minitron.config.distill import TeacherSource
 from minitron.config.model import ModelConfig
 from minitron.config.precision import PrecisionConfig
@@ -66,7 +66,7 @@ def distill(
         objective = Distillation(
             source, student_model.vocab_size, session.groups, parallel.sequence_parallel, recipe, common, losses
         )
-        summary = train_to_folder(
+        return train_to_folder(
             session,
             stage=stage,
             gpt=student_gpt,
@@ -74,12 +74,10 @@ def distill(
             objective=objective,
             settings=settings,
             data=data,
+            side_files_of=start.folder,
             out=out,
             group_size=recipe.teacher_microbatches,
         )
-    if session.is_main:
-        copy_side_files(start.folder, out)
-    return summary
 
 
 def load_teacher(session: Session, folder: Path, *, student_vocab_size: int) -> Teacher:

@@ -48,4 +48,5 @@ def common_vocab_size(teacher: Path, student: Path) -> int:
 
 
 def _tokenizer_files(folder: Path) -> dict[str, bytes]:
-    return {file.name: file.read_bytes() for file in folder.iterdir() if file.name not in _NO_TOKENIZER}
+    files = [file for file in folder.iterdir() if file.is_file() and file.name not in _NO_TOKENIZER]
+    return {file.name: file.read_bytes() for file in files}

@@ -161,6 +161,8 @@ def run_stages(planned: Sequence[Planned], session: "Session") -> None:
         session.say(f"{label} ...")
         summary = _run_stage(item, session)
         gc.collect()  # models and optimizers hold cycles: their memory is the next stage's
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
         shown = ", ".join(f"{key} {_short(value)}" for key, value in summary.items())
         session.say(f"{label}: {time.monotonic() - started:.0f} s  {shown}")
 

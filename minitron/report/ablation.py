@@ -12,6 +12,7 @@ from rich.table import Table
 from minitron.checkpoint.folder import read_model_config
 from minitron.config.run import RunConfig
 from minitron.config.trainings import ABLATION, TRAININGS
+from minitron.errors import ArtefactError
 from minitron.models.axes import num_parameters
 from minitron.report import figure as look
 from minitron.report import format as fmt
@@ -60,7 +61,8 @@ class TokenSaving:
     Attributes:
         loss: Held-out loss during training that pruning and distillation ends with.
         num_tokens: Tokens it took.
-        scratch_tokens: Tokens after which the run from scratch is as low; all of its tokens if it never is.
+        scratch_tokens: Tokens after which the run from scratch is as low, on the line between the two validations
+            around it; all of its tokens if it never is.
         is_bound: The run from scratch never got there: the ratio is a lower bound.
     """
 
@@ -113,14 +115,15 @@ def token_saving(distilled: TrainingCurve, scratch: TrainingCurve) -> TokenSavin
         scratch: A longer run from random weights, validated on the same held-out text.
     """
     loss, num_tokens = distilled.heldout_loss[-1], distilled.heldout_tokens[-1]
-    points = zip(scratch.heldout_tokens, scratch.heldout_loss, strict=True)
-    reached = [tokens for tokens, at in points if at <= loss]
-    return TokenSaving(
-        loss=loss,
-        num_tokens=num_tokens,
-        scratch_tokens=reached[0] if reached else scratch.heldout_tokens[-1],
-        is_bound=not reached,
-    )
+    points = list(zip(scratch.heldout_tokens, scratch.heldout_loss, strict=True))
+    before = points[0]
+    for tokens, at in points:
+        if at <= loss:
+            share = 1.0 if at == before[1] else (before[1] - loss) / (before[1] - at)
+            reached = round(before[0] + share * (tokens - before[0]))
+            return TokenSaving(loss=loss, num_tokens=num_tokens, scratch_tokens=reached, is_bound=False)
+        before = (tokens, at)
+    return TokenSaving(loss=loss, num_tokens=num_tokens, scratch_tokens=before[0], is_bound=True)
 
 
 def collect_ablation(run: RunFolder, config: RunConfig) -> Ablation:
@@ -135,6 +138,7 @@ def collect_ablation(run: RunFolder, config: RunConfig) -> Ablation:
     """
     student = num_parameters(read_model_config(run.stage("prune")))
     teacher = num_parameters(read_model_config(run.stage("import")))
+    _check_same_heldout(run)
     recipes = [_recipe(run, name, student=student, teacher=teacher) for name in ABLATION]
     curves = {recipe.name: recipe.curve for recipe in recipes}
     saving = token_saving(curves[_BEST], curves[_SCRATCH])
@@ -231,6 +235,17 @@ def plot_ablation(ablation: Ablation) -> Figure:
     look.token_axis(axes)
     look.legend(axes, columns=2)
     return figure
+
+
+def _check_same_heldout(run: RunFolder) -> None:
+    """The curves are comparable only over the same held-out text, which is no part of a stage's identity."""
+    counts = {name: (run.meta(name) or {}).get("summary", {}).get("heldout_tokens") for name in ABLATION}
+    if len(set(counts.values())) > 1:
+        text = ", ".join(f"{name} {count}" for name, count in counts.items())
+        raise ArtefactError(
+            f"the recipes were validated on different numbers of held-out tokens ({text}): run them with one "
+            "distill.train.eval_tokens, under another name="
+        )
 
 
 def _recipe(run: RunFolder, name: str, *, student: int, teacher: int) -> Recipe:

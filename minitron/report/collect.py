@@ -35,13 +35,14 @@ _VERBS = {
     "score": "score",
     "prune": "prune",
     "eval_pruned": "eval",
+    "teacher_logits": "teacher-logits",
     "distill": "distill",
     "eval_distilled": "eval",
     "baseline": "train",
     "eval_baseline": "eval",
     "export": "export",
 }
-_OPTIONAL = ("correct", "eval_corrected", "score", "baseline", "eval_baseline")
+_OPTIONAL = ("correct", "eval_corrected", "score", "teacher_logits", "baseline", "eval_baseline")
 _CONTROL = ("baseline", "eval_baseline")
 _MODELS = {  # role -> stages with its checkpoint and its evaluation
     Role.teacher: ("import", "eval_teacher"),

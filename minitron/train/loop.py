@@ -99,11 +99,12 @@ def train(job: TrainJob) -> dict[str, float]:
             job.progress.update(step, num_steps, loss=values["loss"], tokens_per_s=speed)
             clock, clock_step = time.monotonic(), step
         if saves:
+            saving = time.monotonic()
             save_state(job.trainable, job.states, step=step)
-            clock = time.monotonic() if clock_step == step else clock
+            clock += time.monotonic() - saving
     metrics.close()
     tokens = step * settings.tokens_per_step(job.seq_length)
-    return {"steps": step, "tokens": tokens, "heldout_loss": heldout.loss}
+    return {"steps": step, "tokens": tokens, "heldout_loss": heldout.loss, "heldout_tokens": heldout.num_tokens}
 
 
 def _every(interval: int, step: int) -> bool:

@@ -1,11 +1,9 @@
-"""Train a model to the end and write it as a checkpoint folder; cross-entropy training cross-entropy from any start."""
+"""Train a model to the end and write it as a checkpoint folder; by cross-entropy, from any start."""
 
 import shutil
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-
-import torch
 
 from minitron.checkpoint.folder import copy_side_files, read_model_config, write_model_config
 from minitron.checkpoint.model_io import save_model
@@ -15,6 +13,7 @@ from minitron.config.train import TrainConfig
 from minitron.data.loader import TrainBatches, heldout_batches
 from minitron.models.gpt import Chunks, build_gpt
 from minitron.models.load import load_gpt
+from minitron.parallel.groups import seed_weights
 from minitron.runtime.session import Session
 from minitron.runtime.tracking import MetricsWriter
 from minitron.train.heldout import heldout_loss
@@ -34,10 +33,11 @@ def train_to_folder(
     objective: Objective,
     settings: TrainConfig,
     data: Path,
+    side_files_of: Path,
     out: Path,
     group_size: int = 0,
 ) -> dict[str, float]:
-    """Train and leave a checkpoint folder without its side files.
+    """Train and leave a checkpoint folder.
 
     Args:
         session: The running job.
@@ -47,6 +47,7 @@ def train_to_folder(
         objective: The training method.
         settings: Batch, schedule, optimizer.
         data: The data folder.
+        side_files_of: Checkpoint folder whose tokenizer and other side files go with the model.
         out: The stage's working folder; holds the checkpoints to resume from until the end.
         group_size: Most micro-batches whose signals are held at once.
 
@@ -96,7 +97,8 @@ def train_to_folder(
     save_model(gpt, out)
     if session.is_main:
         write_model_config(out, model)
-        shutil.rmtree(out / STATES_DIR, ignore_errors=True)
+        copy_side_files(side_files_of, out)
+        shutil.rmtree(out / STATES_DIR, ignore_errors=True)  # last: until here an interrupted run goes on from them
     return summary
 
 
@@ -118,8 +120,7 @@ class StartingPoint:
             return load_gpt(self.folder, session, parallel=session.config.parallel)
         config, groups = session.config, session.groups
         model = read_model_config(self.folder)
-        # Stages draw different weights; tensor-parallel ranks draw the same full matrix and keep their slice.
-        torch.manual_seed(config.seed + 100 * groups.pp_rank)
+        seed_weights(config.seed, groups)
         gpt = build_gpt(model, config.parallel, config.precision, groups, device=session.device, initialize=True)
         return gpt, model
 
@@ -138,7 +139,7 @@ def train_on_text(
         out: The stage's working folder.
     """
     gpt, model = start.load(session)
-    summary = train_to_folder(
+    return train_to_folder(
         session,
         stage=stage,
         gpt=gpt,
@@ -146,11 +147,9 @@ def train_on_text(
         objective=CrossEntropy(model.vocab_size, session.groups, session.config.parallel.sequence_parallel),
         settings=settings,
         data=data,
+        side_files_of=start.folder,
         out=out,
     )
-    if session.is_main:
-        copy_side_files(start.folder, out)
-    return summary
 
 
 def _metrics(session: Session, stage: str, out: Path, first_step: int) -> MetricsWriter:

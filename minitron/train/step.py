@@ -82,6 +82,7 @@ def accumulate_gradients(
             config.no_sync_func = trainable.no_sync if last else None
             with contextlib.nullcontext() if last else trainable.no_sync():
                 collected += _run_schedule(trainable, objective, work, share)
+            del work  # its signals: the teacher makes the next group's before the name would be bound again
     finally:
         config.finalize_model_grads_func, config.no_sync_func = finalize, None
     names = collected[0].keys() if collected else ()
