@@ -163,9 +163,9 @@ def _teacher_folder(session: Session) -> Path:
 def _teacher_logits(session: Session, out: Path) -> Values:
     data = session.run.stage("data")
     identity = cache_identity(session.config, data, teacher=teacher_digest(session.config, session.run))
-    whole = session.context_as_data()  # distributions are kept by whole sequences
     teacher = _teacher_folder(session)
-    return dict(write_teacher_logits(whole, teacher=teacher, identity=identity, data=data, out=out))
+    with session.context_as_data() as whole:  # distributions are kept by whole sequences
+        return dict(write_teacher_logits(whole, teacher=teacher, identity=identity, data=data, out=out))
 
 
 def _train(stage: str, session: Session, out: Path) -> Values:

@@ -272,8 +272,17 @@ def _training_values(config: RunConfig, training: str) -> Values:
 
 def _recipe_values(config: RunConfig) -> Values:
     """What distillation has beyond any training: losses and teacher."""
+    recipe = config.distill
+    unread = ["distill.train.", *_TEACHERS_PLACE]  # the training's own are in _training_values
+    if not recipe.cross_entropy.weight:
+        unread.append("distill.cross_entropy.")
+    if not recipe.intermediate.enabled:
+        unread.append("distill.intermediate.")
+    if not recipe.intermediate.attention_relations:
+        unread.append("distill.intermediate.relation_heads")
     values = _section(config, "distill", drop=("teacher_microbatches",))
-    return {key: value for key, value in values.items() if not key.startswith(("distill.train.", *_TEACHERS_PLACE))}
+    values = {key: value for key, value in values.items() if not key.startswith(tuple(unread))}
+    return values | {"distill.teacher.dtype": str(recipe.teacher.dtype or config.precision.dtype)}
 
 
 def _teacher_logits_values(config: RunConfig) -> Values:

@@ -53,7 +53,8 @@ class IntermediateConfig:
     """Loss of hidden states: ``cosine`` is 1 - cos of a token's states, ``mse`` the mean over channels."""
     mixing: Mixing = Mixing.scaled
     """``scaled``: the intermediate losses together are brought to the size of the logit loss (the papers' alpha =
-    L_logits / L_is, detached, of each micro-batch), then weighed. ``fixed``: weight alone."""
+    L_logits / L_is, detached, of each micro-batch; |L_logits| should it be negative), then weighed. ``fixed``: weight
+    alone."""
     weight: float = 1.0
     """Weight of the intermediate losses beside the logit loss."""
 

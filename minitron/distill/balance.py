@@ -1,4 +1,4 @@
-"""The weight of the intermediate losses, and the messages between stages that a dynamic one needs."""
+"""The weight of a loss beside the logit loss, and the messages between stages that a dynamic one needs."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,6 +10,17 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from minitron.parallel.groups import Groups
+
+
+def factor_to_size(loss: Tensor, of: Tensor) -> Tensor:
+    """What brings a loss to the size of another, whatever the other's sign: |of| / loss.
+
+    Args:
+        loss: A detached scalar of at least 0. At 0 (a batch without tokens, a student that equals its teacher) there
+            is nothing to bring anywhere, and the factor is 0.
+        of: The detached scalar whose size is wanted.
+    """
+    return torch.where(loss > 0, of.abs() / loss, 0.0).to(loss.dtype)
 
 
 @dataclass(frozen=True)

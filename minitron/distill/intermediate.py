@@ -4,7 +4,7 @@ The student runs in Megatron's plain schedule. Where it computes a matched state
 teacher's state of the signal and hands the student's state on unchanged, through an autograd function whose backward
 pass lets the loss's gradient flow beside that of the layers above. So no state of the student travels, whatever stage
 it is on. What its gradient is multiplied by need not be known before the backward pass: with `Mixing.scaled` it is
-weight x L_logits / L_is of the micro-batch, for which the stages send their share of L_is to the last one and get the
+weight x |L_logits| / L_is of the micro-batch, for which the stages send their share of L_is to the last one and get the
 factor back (`minitron.distill.balance`).
 """
 
@@ -24,7 +24,7 @@ from minitron.config.mixing import Mixing
 from minitron.config.model import ModelConfig
 from minitron.config.parallel import ParallelConfig, layers_per_stage
 from minitron.data.batch import Batch
-from minitron.distill.balance import Channels, open_channels
+from minitron.distill.balance import Channels, factor_to_size, open_channels
 from minitron.distill.hidden_losses import hidden_loss, relation_loss
 from minitron.distill.projection import Projection, attach
 from minitron.distill.states import Layout, TeacherStates, see_state, split_qkv
@@ -142,8 +142,7 @@ class IntermediateLosses:
         total = _total(now, logit_loss)
         if self._channels is not None:
             total = total + torch.stack(self._channels.receive_up(total)).sum()
-        # A batch without tokens, and a student that equals its teacher, have nothing to be balanced.
-        alpha = torch.where(total > 0, self._config.weight * logit_loss / total, 0.0).to(total.dtype)
+        alpha = self._config.weight * factor_to_size(total, logit_loss)
         self._settle(now, alpha)
         self._add("alpha", alpha)
         if self._channels is not None:

@@ -15,6 +15,7 @@ from torch import Tensor
 from minitron.config.distill import DistillConfig
 from minitron.config.mixing import Mixing
 from minitron.data.batch import Batch
+from minitron.distill.balance import factor_to_size
 from minitron.distill.intermediate import IntermediateLosses
 from minitron.distill.teacher import Signal, Teacher
 from minitron.losses import SparseTarget, linear_distillation, linear_sparse_kl
@@ -74,7 +75,7 @@ class Distillation:
             plain = CrossEntropy(self.vocab_size, self.groups, self.sequence_parallel).loss(state, batch, None)
             weight: float | Tensor = mix.weight
             if mix.mixing is Mixing.scaled:
-                weight = weight * self._whole(total) / self._whole(plain.total)
+                weight = weight * factor_to_size(self._whole(plain.total), self._whole(total))
             total = total + weight * plain.total
             terms |= plain.terms
         return Loss(total, terms)

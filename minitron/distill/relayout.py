@@ -7,7 +7,8 @@ student's last stage whose micro-batches hold the sequence. The teacher's logits
 and its output rows for the student's vocabulary shard, which each of these ranks has read from the checkpoint.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -131,10 +132,11 @@ class RelayoutTeacher:
         return [Signal(final, whole=True) for final in finals]
 
 
-def load_relayout_teacher(
+@contextmanager
+def relayout_teacher(
     folder: Path, session: Session, layout: TeacherLayout, precision: PrecisionConfig, *, student_vocab_size: int
-) -> RelayoutTeacher:
-    """Load a teacher into a layout of its own; called by every rank.
+) -> Iterator[RelayoutTeacher]:
+    """A teacher in a layout of its own, whose groups last as long as the block; all ranks enter it together.
 
     Args:
         folder: The teacher's checkpoint folder.
@@ -146,10 +148,7 @@ def load_relayout_teacher(
     Raises:
         CheckpointError: The folder is not a complete checkpoint.
     """
-    groups, second = session.groups, second_layout(layout.parallel)
-    config = replace(session.config, parallel=layout.parallel)
-    with second.active():
-        gpt, _ = load_gpt(folder, replace(session, config=config, groups=second.groups), precision=precision)
+    groups, config = session.groups, replace(session.config, parallel=layout.parallel)
     weight_vH = None
     if groups.is_last_stage:
         num_rows = padded_vocab_size(student_vocab_size, groups.tp.size()) // groups.tp.size()
@@ -160,14 +159,17 @@ def load_relayout_teacher(
             dtype=TORCH_DTYPE[precision.dtype],
             device=session.torch_device,
         )
-    return RelayoutTeacher(
-        _without_output_layer(freeze(gpt)),
-        second,
-        groups,
-        Dealing(layout.micro_batch_size, _last_stage(second.groups)),
-        Dealing(session.config.distill.train.micro_batch_size, _last_stage(groups)),
-        weight_vH,
-    )
+    with second_layout(layout.parallel) as second:
+        with second.active():
+            gpt, _ = load_gpt(folder, replace(session, config=config, groups=second.groups), precision=precision)
+        yield RelayoutTeacher(
+            _without_output_layer(freeze(gpt)),
+            second,
+            groups,
+            Dealing(layout.micro_batch_size, _last_stage(second.groups)),
+            Dealing(session.config.distill.train.micro_batch_size, _last_stage(groups)),
+            weight_vH,
+        )
 
 
 def _last_stage(groups: Groups) -> list[list[int]]:

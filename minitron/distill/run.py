@@ -1,7 +1,7 @@
 """The distill stage: teacher (or a cache of its distributions) and student in, a distilled checkpoint folder out."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,7 +16,7 @@ from minitron.distill.cache_plan import cache_identity, lacking
 from minitron.distill.cached import CachedTeacher
 from minitron.distill.intermediate import IntermediateLosses, intermediate_losses
 from minitron.distill.objective import Distillation
-from minitron.distill.relayout import load_relayout_teacher
+from minitron.distill.relayout import relayout_teacher
 from minitron.distill.teacher import OnlineTeacher, Teacher, freeze
 from minitron.distill.vocabulary import common_vocab_size
 from minitron.errors import ArtefactError
@@ -56,13 +56,17 @@ def distill(
         ArtefactError: The cache belongs to another teacher or dataset, is damaged, or lacks samples.
     """
     recipe, parallel = session.config.distill, session.config.parallel
-    if recipe.teacher.source is TeacherSource.cached:
-        source, common = _open_cache(session, teacher, teacher_id=teacher_id, data=data), None
-    else:
-        common = common_vocab_size(teacher, start.folder)
-        source = load_teacher(session, teacher, student_vocab_size=read_model_config(start.folder).vocab_size)
-    student_gpt, student_model = start.load(session)
-    with _intermediate(session, teacher, source, (student_gpt, student_model)) as (source, losses):
+    source: Teacher
+    with ExitStack() as stack:
+        if recipe.teacher.source is TeacherSource.cached:
+            source, common = _open_cache(session, teacher, teacher_id=teacher_id, data=data), None
+        else:
+            common = common_vocab_size(teacher, start.folder)
+            rows = read_model_config(start.folder).vocab_size
+            source = stack.enter_context(online_teacher(session, teacher, student_vocab_size=rows))
+        student_gpt, student_model = start.load(session)
+        student = (student_gpt, student_model)
+        source, losses = stack.enter_context(_intermediate(session, teacher, source, student))
         objective = Distillation(
             source, student_model.vocab_size, session.groups, parallel.sequence_parallel, recipe, common, losses
         )
@@ -80,8 +84,9 @@ def distill(
         )
 
 
-def load_teacher(session: Session, folder: Path, *, student_vocab_size: int) -> Teacher:
-    """Load the online teacher, in the student's layout or in its own.
+@contextmanager
+def online_teacher(session: Session, folder: Path, *, student_vocab_size: int) -> Iterator[Teacher]:
+    """A teacher that runs beside the student, in the student's layout or in its own; all ranks enter together.
 
     Args:
         session: The running job.
@@ -92,11 +97,13 @@ def load_teacher(session: Session, folder: Path, *, student_vocab_size: int) -> 
     precision = PrecisionConfig(dtype=config.distill.teacher.dtype or config.precision.dtype)
     layout = own_layout(config.distill, config.parallel)
     if layout is not None:
-        return load_relayout_teacher(folder, session, layout, precision, student_vocab_size=student_vocab_size)
+        with relayout_teacher(folder, session, layout, precision, student_vocab_size=student_vocab_size) as teacher:
+            yield teacher
+        return
     rows = padded_vocab_size(student_vocab_size, config.parallel.tensor_model_parallel_size)
     beside = config.parallel.for_teacher(read_model_config(folder).num_layers)
     gpt, _ = load_gpt(folder, session, parallel=beside, precision=precision, vocab_rows=rows)
-    return OnlineTeacher(freeze(gpt))
+    yield OnlineTeacher(freeze(gpt))
 
 
 @contextmanager

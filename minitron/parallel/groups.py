@@ -55,17 +55,22 @@ class Groups:
         ranks: list[int] = torch.distributed.get_process_group_ranks(self.pp)
         return ranks[-1]
 
-    def context_as_data(self) -> "Groups":
+    @contextlib.contextmanager
+    def context_as_data(self) -> Iterator["Groups"]:
         """The same ranks, the context-parallel ones as further data-parallel ones: each sees whole sequences.
 
-        Called by all ranks together.
+        All ranks enter the block together; a group that it needs is destroyed at its end.
         """
         if self.cp.size() == 1:
-            return self
-        alone = torch.distributed.new_group([self.world_rank], use_local_synchronization=True)
+            yield self
+            return
+        alone, _ = torch.distributed.new_subgroups(1)
         collection = copy.copy(self.collection)
         collection.cp, collection.dp = alone, self.dp_cp
-        return replace(self, cp=alone, dp=self.dp_cp, cp_rank=0, dp_rank=self.dp_cp.rank(), collection=collection)
+        try:
+            yield replace(self, cp=alone, dp=self.dp_cp, cp_rank=0, dp_rank=self.dp_cp.rank(), collection=collection)
+        finally:
+            torch.distributed.destroy_process_group(alone)
 
     @property
     def world_rank(self) -> int:
@@ -147,12 +152,25 @@ class SecondLayout:
             vars(parallel_state).update(outer)
 
 
-def second_layout(parallel: ParallelConfig) -> SecondLayout:
-    """Make the groups of another layout beside the one in force; called by every rank.
+@contextlib.contextmanager
+def second_layout(parallel: ParallelConfig) -> Iterator[SecondLayout]:
+    """Make the groups of another layout beside the one in force; all ranks enter and leave the block together.
+
+    The groups are destroyed at the end of the block. After an error they are not: other ranks might not come to
+    destroy theirs.
 
     Args:
         parallel: The layout; its number of ranks must be the world size.
     """
+    every_group: list[ProcessGroup] = vars(parallel_state)["_global_process_group_list"]  # this rank's, in one order
+    num_outer = len(every_group)
+    yield _second_layout(parallel)
+    for group in every_group[num_outer:]:
+        torch.distributed.destroy_process_group(group)
+    del every_group[num_outer:]
+
+
+def _second_layout(parallel: ParallelConfig) -> SecondLayout:
     outer = _state()
     vars(parallel_state).update({name: {} if isinstance(value, dict) else None for name, value in outer.items()})
     try:

@@ -25,7 +25,14 @@ def score(session: Session, *, model: Path, source_id: str, data: Path, out: Pat
         data: The data folder; calibration sequences come from its training split.
         out: The stage's working folder.
     """
-    session = session.context_as_data()  # hooks see whole sequences
+    with session.context_as_data() as whole:  # hooks see whole sequences
+        scores = _scores(whole, model=model, source_id=source_id, data=data)
+    if session.is_main:
+        scores.save(out)
+    return {"samples": scores.num_samples, "tokens": scores.num_samples * scores.seq_length}
+
+
+def _scores(session: Session, *, model: Path, source_id: str, data: Path) -> Scores:
     config, groups = session.config, session.groups
     gpt, architecture = load_gpt(model, session, local_spec=True)
     batches = calibration_batches(
@@ -38,7 +45,7 @@ def score(session: Session, *, model: Path, source_id: str, data: Path, out: Pat
         seed=config.seed,
     )
     with session.progress("score") as progress:
-        scores = score_model(
+        return score_model(
             gpt,
             batches,
             model=architecture,
@@ -47,9 +54,6 @@ def score(session: Session, *, model: Path, source_id: str, data: Path, out: Pat
             source_id=source_id,
             on_progress=progress.update,
         )
-    if session.is_main:
-        scores.save(out)
-    return {"samples": scores.num_samples, "tokens": scores.num_samples * scores.seq_length}
 
 
 def prune(session: Session, *, model: Path, source_id: str, scores: Path | None, out: Path) -> dict[str, object]:

@@ -1,5 +1,7 @@
 """What every stage gets: the configuration, this rank's place, and where to write."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Self
 
@@ -42,15 +44,17 @@ class Session:
             return torch.device("cpu")
         return torch.device("cuda", torch.cuda.current_device())
 
-    def context_as_data(self) -> Self:
+    @contextmanager
+    def context_as_data(self) -> Iterator[Self]:
         """The session with the context-parallel ranks as data-parallel ones, for a stage that needs whole sequences.
 
-        Called by all ranks together.
+        All ranks enter the block together.
         """
         parallel = self.config.parallel
         size = parallel.data_parallel_size * parallel.context_parallel_size
         parallel = replace(parallel, context_parallel_size=1, data_parallel_size=size)
-        return replace(self, config=replace(self.config, parallel=parallel), groups=self.groups.context_as_data())
+        with self.groups.context_as_data() as groups:
+            yield replace(self, config=replace(self.config, parallel=parallel), groups=groups)
 
     def progress(self, stage: str) -> StageProgress:
         """The bar of a stage, silent on every rank but 0."""

@@ -77,7 +77,7 @@ def make_trainable(
             ddp_config=DistributedDataParallelConfig(
                 use_distributed_optimizer=True,
                 grad_reduce_in_fp32=True,
-                overlap_grad_reduce=parallel.overlap_grad_reduce and groups.dp.size() > 1,
+                overlap_grad_reduce=parallel.overlap_grad_reduce and groups.dp_cp.size() > 1,
             ),
             module=chunk,
             disable_bucketing=index > 0,  # the other chunks' backward passes hide the reduction of these

@@ -97,7 +97,8 @@ def _distillation(work: Work, config: IntermediateConfig) -> Iterator[tuple[Trai
     )
     models = read_model_config(work.teacher), read_model_config(work.student)
     with workers.in_layout(work.parallel) as groups:
-        teacher, student = (workers._load(folder, work.parallel, groups) for folder in (work.teacher, work.student))
+        teacher = workers._load(work.teacher, work.parallel.for_teacher(models[0].num_layers), groups)
+        student = workers._load(work.student, work.parallel, groups)
         with intermediate_losses(
             config,
             work.parallel,

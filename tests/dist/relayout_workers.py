@@ -19,7 +19,7 @@ from minitron.config.train import TrainConfig
 from minitron.config.teacher_layout import own_layout
 from minitron.data.batch import Batch
 from minitron.distill.objective import Distillation
-from minitron.distill.run import load_teacher
+from minitron.distill.run import online_teacher
 from minitron.distill.teacher import Signal
 from minitron.models.gpt import FinalState
 from minitron.models.load import load_gpt
@@ -76,10 +76,12 @@ def outcomes(
         results = []
         for own in teachers:
             own_session = replace(session, config=replace(config, distill=_distill(own, train)))
-            source = load_teacher(own_session, teacher, student_vocab_size=model.vocab_size)
             recipe = DistillConfig(cross_entropy=CrossEntropyMixConfig(weight=cross_entropy))
-            objective = Distillation(source, model.vocab_size, groups, False, recipe, common_vocab_size)
-            loss, norm = _step(trainable, objective, batches, own.group_size, groups)
+            with online_teacher(own_session, teacher, student_vocab_size=model.vocab_size) as source:
+                objective = Distillation(
+                    source, model.vocab_size, groups, parallel.sequence_parallel, recipe, common_vocab_size
+                )
+                loss, norm = _step(trainable, objective, batches, own.group_size, groups)
             is_own = own_layout(own_session.config.distill, parallel) is not None
             results.append(Outcome(loss, norm, is_own))
         return results
@@ -93,9 +95,9 @@ def output_gradient(
         session = Session(RunConfig(parallel=parallel), RunFolder(Path("unused")), groups, Device.cpu, Console())
         gpt, model = load_gpt(student, session, parallel=parallel)
         trainable = make_trainable(gpt, TrainConfig(), parallel, groups, seq_length=tokens_GT.shape[1] - 1)
-        source = load_teacher(session, teacher, student_vocab_size=model.vocab_size)
-        objective = Distillation(source, model.vocab_size, groups, False, DistillConfig(), common_vocab_size)
-        _step(trainable, objective, microbatches(tokens_GT, groups, size=1), 0, groups)
+        with online_teacher(session, teacher, student_vocab_size=model.vocab_size) as source:
+            objective = Distillation(source, model.vocab_size, groups, False, DistillConfig(), common_vocab_size)
+            _step(trainable, objective, microbatches(tokens_GT, groups, size=1), 0, groups)
         gradient: Tensor = list(gpt)[-1].output_layer.weight.main_grad
         return gradient.clone()
 

@@ -1,6 +1,7 @@
 """Losses between intermediate states against a dense fp64 formula, in every layout."""
 
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ from minitron.checkpoint.folder import WEIGHTS_DIR, read_model_config
 from minitron.checkpoint.store import CheckpointReader
 from minitron.config.intermediate import HiddenLoss, IntermediateConfig
 from minitron.config.mixing import Mixing
+from minitron.config.parallel import ParallelConfig
 from tests.dist import intermediate_workers as ours
 from tests.dist import workers
 from tests.dist.intermediate_reference import Dense, Pairs, dense_step
@@ -153,6 +155,33 @@ def test_fixed_losses_in_a_layout(
     job = work(teacher, narrow, *axes, group_size=group_size)
     results = pool.run(ours.first_gradients, math.prod(axes), job, FIXED, tmp_path)
     check(results, tmp_path, narrow, dense_fixed)
+
+
+@pytest.mark.parametrize(
+    "parallel",
+    [
+        layout(2, sp=True),
+        layout(2, 2, sp=True),
+        # The student's layers 1 and 2 are on the last stage; the teacher is divided evenly, 0-1 and 2-3.
+        replace(layout(1, 2), num_layers_in_first_pipeline_stage=1),
+        replace(layout(2, 2, sp=True), num_layers_in_last_pipeline_stage=2),
+    ],
+    ids=["sequence TP2", "sequence TP2 x PP2", "uneven PP2", "uneven PP2 x sequence TP2"],
+)
+@pytest.mark.parametrize("config", [SCALED, FIXED], ids=["scaled", "fixed"])
+def test_split_sequences_and_uneven_stages(
+    pool: WorkerPool,
+    teacher: Path,
+    narrow: Path,
+    tmp_path: Path,
+    request: pytest.FixtureRequest,
+    parallel: ParallelConfig,
+    config: IntermediateConfig,
+) -> None:
+    want = request.getfixturevalue(f"dense_{config.mixing}")
+    job = replace(work(teacher, narrow), parallel=parallel)
+    results = pool.run(ours.first_gradients, parallel.num_ranks, job, config, tmp_path)
+    check(results, tmp_path, narrow, want)
 
 
 def test_one_width_needs_no_projection(pool: WorkerPool, teacher: Path, shallow: Path, tmp_path: Path) -> None:

@@ -36,6 +36,7 @@ def case(
     pp: int = 1,
     vp: int | None = None,
     dp: int = 1,
+    cp: int = 1,
     first: int | None = None,
     last: int | None = None,
     group: int = 0,
@@ -47,6 +48,7 @@ def case(
         tensor_model_parallel_size=tp,
         pipeline_model_parallel_size=pp,
         virtual_pipeline_model_parallel_size=vp,
+        context_parallel_size=cp,
         data_parallel_size=dp,
         num_layers_in_first_pipeline_stage=first,
         num_layers_in_last_pipeline_stage=last,
@@ -168,12 +170,15 @@ def test_what_is_computed_again(
     assert (counts["layer"], counts["attention"]) == (layer, attention)
 
 
-@pytest.mark.parametrize("group", [0, 1])
-def test_reduction_starts_in_the_backward_pass(pool: WorkerPool, teacher: Path, deep: Path, group: int) -> None:
-    for counts in pool.run(layout_workers.observed, 2, work(teacher, deep, case(dp=2, group=group))):
+@pytest.mark.parametrize(("axis", "group"), [("dp", 0), ("dp", 1), ("cp", 0)])
+def test_reduction_starts_in_the_backward_pass(
+    pool: WorkerPool, teacher: Path, deep: Path, axis: str, group: int
+) -> None:
+    two = {axis: 2}
+    for counts in pool.run(layout_workers.observed, 2, work(teacher, deep, case(**two, group=group))):
         assert counts["under_way"] == counts["blocks"] >= 1
         assert counts["announced"] == 1  # only by the last micro-batch of the last group
-    off = case(dp=2, group=group, overlap=False)
+    off = case(**two, group=group, overlap=False)
     assert [counts["under_way"] for counts in pool.run(layout_workers.observed, 2, work(teacher, deep, off))] == [0, 0]
 
 

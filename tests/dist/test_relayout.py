@@ -1,11 +1,13 @@
 """A teacher in a layout of its own says the same as in the student's."""
 
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
+from minitron.config.parallel import ParallelConfig, RecomputeGranularity, RecomputeMethod
 from minitron.config.precision import Dtype
 from minitron.distill.relayout import Dealing, Move, plan_moves
 from tests.dist import relayout_workers as workers
@@ -52,6 +54,51 @@ def test_losses_and_gradients_are_those_of_the_students_layout(
             assert other.own
             assert other.loss == pytest.approx(same.loss, rel=1e-6)
             assert other.grad_norm == pytest.approx(same.grad_norm, rel=1e-6)
+
+
+@pytest.fixture(scope="module")
+def four_layers(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A student of 4 layers: 2 stages of 2 chunks, or of 1 and 3 layers."""
+    shape = {"num_hidden_layers": 4, "hidden_size": 48, "intermediate_size": 96}
+    return make_model(tmp_path_factory.mktemp("four_layers"), seed=4, **shape)
+
+
+@pytest.fixture(scope="module")
+def dense_of_four_layers(teacher: Path, four_layers: Path) -> tuple[float, float]:
+    """Loss and gradient norm."""
+    loss, gradients = dense_kl(teacher / "hf", four_layers / "hf", TOKENS_GT[:, :-1])
+    return loss, math.sqrt(sum(float(g.norm()) ** 2 for g in gradients.values()))
+
+
+FULL = {"recompute_granularity": RecomputeGranularity.full, "recompute_num_layers": 1}
+
+
+@pytest.mark.parametrize(
+    ("parallel", "owns"),
+    [
+        (layout(2, sp=True), [Own(tp=1, pp=2), Own(tp=1, micro_batch_size=2), Own(micro_batch_size=4, group_size=4)]),
+        (layout(1, 2, vp=2), [Own(tp=2, pp=1), Own(micro_batch_size=2, group_size=4), Own(tp=1, pp=1)]),
+        (replace(layout(1, 2), num_layers_in_first_pipeline_stage=1), [Own(tp=2, pp=1), Own(micro_batch_size=2)]),
+        (replace(layout(2), recompute_method=RecomputeMethod.uniform, **FULL), [Own(tp=1, pp=2)]),
+        (replace(layout(1, 2, vp=2), recompute_method=RecomputeMethod.block, **FULL), [Own(tp=2, pp=1)]),
+    ],
+    ids=["sequence TP2", "interleaved PP2", "uneven PP2", "recompute TP2", "recompute interleaved PP2"],
+)
+def test_every_way_to_run_the_student_beside_a_teacher_in_its_own_layout(
+    pool: WorkerPool,
+    teacher: Path,
+    four_layers: Path,
+    dense_of_four_layers: tuple[float, float],
+    parallel: ParallelConfig,
+    owns: list[Own],
+) -> None:
+    loss, norm = dense_of_four_layers
+    args = (teacher / "checkpoint", four_layers / "checkpoint", parallel, TOKENS_GT, owns)
+    for found in pool.run(workers.outcomes, 2, *args):
+        for outcome in found:
+            assert outcome.own
+            assert outcome.loss == pytest.approx(loss, rel=1e-6)
+            assert outcome.grad_norm == pytest.approx(norm, rel=1e-5)
 
 
 def test_a_bf16_teacher_of_an_fp32_student(pool: WorkerPool, teacher: Path, student: Path) -> None:

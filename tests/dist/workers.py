@@ -3,7 +3,7 @@
 import queue
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -41,6 +41,7 @@ class Work:
         tokens_NGT: Token ids of N steps of G sequences; T is one more than the sequence length.
         group_size: Micro-batches whose teacher states are held at once.
         cross_entropy: Train on the tokens themselves instead.
+        recipe: Losses of the distillation.
     """
 
     teacher: Path
@@ -49,6 +50,7 @@ class Work:
     tokens_NGT: Tensor
     group_size: int = 0
     cross_entropy: bool = False
+    recipe: DistillConfig = field(default_factory=DistillConfig)
 
 
 @dataclass(frozen=True)
@@ -61,9 +63,10 @@ class Step:
 
 @dataclass(frozen=True)
 class FirstGradients:
-    """The first step's loss; its gradients are in a checkpoint folder. Whether the teacher got any."""
+    """The first step's loss and its parts; its gradients are in a checkpoint folder. Whether the teacher got any."""
 
     step: Step
+    terms: dict[str, float]
     teacher_has_gradients: bool
     teacher_changed: bool
 
@@ -94,10 +97,11 @@ def first_gradients(work: Work, out: Path) -> FirstGradients:
         before = [p.clone() for p in teacher.parameters()]
         trainable.zero_grad()
         batches = microbatches(work.tokens_NGT[0], groups)
-        terms = accumulate_gradients(trainable, objective, batches, group_size=work.group_size)
+        mine = accumulate_gradients(trainable, objective, batches, group_size=work.group_size)
         _gather_gradients(trainable, groups)
         trainable.optimizer.prepare_grads()
-        step = Step(mean_terms(terms, groups)["loss"], float(trainable.optimizer.get_grad_norm()))
+        terms = mean_terms(mine, groups)
+        step = Step(terms["loss"], float(trainable.optimizer.get_grad_norm()))
         with torch.no_grad():
             for parameter in trainable.gpt.parameters():
                 parameter.copy_(parameter.main_grad)  # type: ignore[attr-defined]
@@ -106,6 +110,7 @@ def first_gradients(work: Work, out: Path) -> FirstGradients:
         pairs = zip(before, teacher.parameters(), strict=True)
         return FirstGradients(
             step,
+            terms,
             any(p.requires_grad or p.grad is not None or hasattr(p, "main_grad") for p in teacher.parameters()),
             not all(torch.equal(a, b) for a, b in pairs),
         )
@@ -193,7 +198,7 @@ def distillation(work: Work, groups: Groups) -> tuple[Trainable, Distillation]:
     student = _load(work.student, work.parallel, groups)
     trainable = make_trainable(student, train, work.parallel, groups, seq_length=length - 1)
     vocab_size = read_model_config(work.student).vocab_size
-    return trainable, Distillation(teacher, vocab_size, groups, work.parallel.sequence_parallel, DistillConfig())
+    return trainable, Distillation(teacher, vocab_size, groups, work.parallel.sequence_parallel, work.recipe)
 
 
 def _gather_gradients(trainable: Trainable, groups: Groups) -> None:

@@ -40,6 +40,14 @@ def _digests(config: RunConfig, wanted: list[str] = LINE) -> dict[str, str]:
         ("distill.teacher_microbatches=1", ""),
         ("distill.teacher.micro_batch_size=1", ""),
         ("distill.teacher.dtype=bf16", "distill eval_distilled export report"),
+        ("distill.teacher.dtype=fp32", ""),  # what null takes
+        ("distill.cross_entropy.mixing=scaled", ""),  # nothing is mixed in
+        ("distill.cross_entropy.weight=0.5", "distill eval_distilled export report"),
+        ("distill.intermediate.loss=mse", ""),  # no pair
+        ("distill.intermediate.weight=2", ""),
+        ("distill.intermediate.mixing=fixed", ""),
+        ("distill.intermediate.relation_heads=4", ""),
+        ("distill.intermediate.embedding=true", "distill eval_distilled export report"),
         ("score.micro_batch_size=1", ""),
         ("eval.micro_batch_size=1", ""),
         ("data.num_workers=2", ""),
@@ -62,6 +70,24 @@ def test_what_a_setting_changes(base: list[str], override: str, changed: str) ->
     before, after = _digests(compose_run(base)), _digests(compose_run([*base, override]))
     assert list(before) == LINE
     assert [stage for stage in LINE if before[stage] != after[stage]] == changed.split()
+
+
+@pytest.mark.parametrize(
+    ("given", "override", "counts"),
+    [
+        ("distill.cross_entropy.weight=0.5", "distill.cross_entropy.mixing=scaled", True),
+        ("distill.intermediate.embedding=true", "distill.intermediate.loss=mse", True),
+        ("distill.intermediate.embedding=true", "distill.intermediate.weight=2", True),
+        ("distill.intermediate.embedding=true", "distill.intermediate.relation_heads=4", False),
+        ("distill.intermediate.attention_relations=[last]", "distill.intermediate.relation_heads=4", True),
+        ("precision.dtype=bf16", "distill.teacher.dtype=fp32", True),
+        ("precision.dtype=bf16", "distill.teacher.dtype=bf16", False),
+    ],
+)
+def test_settings_of_a_loss_count_where_it_is_used(base: list[str], given: str, override: str, counts: bool) -> None:
+    before, after = (_digests(compose_run([*base, given, *more])) for more in ([], [override]))
+    changed = [stage for stage in LINE if before[stage] != after[stage]]
+    assert changed == (["distill", "eval_distilled", "export", "report"] if counts else [])
 
 
 CACHED = [*LINE[: LINE.index("distill")], "teacher_logits", *LINE[LINE.index("distill") :]]

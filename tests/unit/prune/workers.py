@@ -38,17 +38,18 @@ def score(
             job = RunConfig(parallel=parallel)
             session = Session(
                 config=job, run=RunFolder(folder), groups=job_groups, device=Device.cpu, console=Console()
-            ).context_as_data()
-            groups = session.groups
-            assert session.config.parallel.num_ranks == parallel.num_ranks
-            gpt = build_gpt(model, session.config.parallel, PrecisionConfig(), groups, device=Device.cpu)
-            load_model(gpt, folder)
-            # In fp64 the layouts' own rounding is far below what the statistics might add.
-            gpt.double()
-            gpt.config.pipeline_dtype = torch.float64
-            size = config.micro_batch_size
-            batches = _batches(tokens_BS, size, groups.dp_rank, groups.dp.size())
-            return score_model(gpt, batches, model=model, config=config, groups=groups, source_id="w")
+            )
+            with session.context_as_data() as whole:
+                groups = whole.groups
+                assert whole.config.parallel.num_ranks == parallel.num_ranks
+                gpt = build_gpt(model, whole.config.parallel, PrecisionConfig(), groups, device=Device.cpu)
+                load_model(gpt, folder)
+                # In fp64 the layouts' own rounding is far below what the statistics might add.
+                gpt.double()
+                gpt.config.pipeline_dtype = torch.float64
+                size = config.micro_batch_size
+                batches = _batches(tokens_BS, size, groups.dp_rank, groups.dp.size())
+                return score_model(gpt, batches, model=model, config=config, groups=groups, source_id="w")
     finally:
         CPU_LAYER.undo()
 
