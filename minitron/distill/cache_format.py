@@ -45,7 +45,8 @@ class CacheIdentity:
     Attributes:
         dataset: Hash of the training split (``train_sha256`` in ``data.json``).
         seq_length: Tokens of a sequence.
-        vocab_size: True size of the vocabulary.
+        vocab_size: Ids that the teacher and the data's tokenizer both have (`common_vocab_size`): the distributions
+            are over these.
         teacher: Identity of the teacher's weights.
         dtype: Number format the teacher ran in.
         parameters: What is kept of each distribution (`TeacherLogitsConfig.parameters`).

@@ -23,9 +23,10 @@ from minitron.distill.cache_format import (
     write_identity,
     write_shard,
 )
-from minitron.distill.cache_plan import needed_samples
+from minitron.distill.cache_plan import cache_identity, needed_samples
 from minitron.distill.sparsify import sparse_entries
 from minitron.distill.teacher import freeze
+from minitron.distill.vocabulary import common_vocab_size
 from minitron.errors import ArtefactError
 from minitron.losses.vocab import VocabShard
 from minitron.models.gpt import Chunks, FinalState
@@ -41,14 +42,15 @@ Record = tuple[int, bytes]
 
 
 def write_teacher_logits(
-    session: Session, *, teacher: Path, identity: CacheIdentity, data: Path, out: Path
+    session: Session, *, teacher: Path, teacher_id: str, imported: Path, data: Path, out: Path
 ) -> dict[str, float]:
     """Add to a cache what the configured distillation will read and the cache does not have.
 
     Args:
-        session: The running job; the teacher runs in its layout.
+        session: The running job; the teacher runs in its layout, context-parallel ranks as data-parallel ones.
         teacher: Checkpoint folder of the teacher.
-        identity: What the cache belongs to.
+        teacher_id: Identity of its weights.
+        imported: Checkpoint folder whose tokenizer made the data.
         data: The data folder.
         out: The cache's folder; holds what was written before.
 
@@ -56,8 +58,12 @@ def write_teacher_logits(
         Samples and bytes of the whole cache, and its bytes per token.
 
     Raises:
+        ModelError: The teacher's tokenizer is another than the data's.
         ArtefactError: What is in the folder belongs to something else or is damaged, or the disk is too small.
     """
+    common = common_vocab_size(teacher, imported)
+    identity = cache_identity(session.config, data, teacher=teacher_id, vocab_size=common)
+    session = session.context_as_data()  # distributions are kept by whole sequences
     settings, groups = session.config.teacher_logits, session.groups
     missing, first_shard = _open(session, identity, data, out)
     torch.distributed.barrier()  # from here on the folder changes

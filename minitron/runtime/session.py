@@ -1,6 +1,7 @@
 """What every stage gets: the configuration, this rank's place, and where to write."""
 
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from typing import Self
 
 import torch
@@ -22,6 +23,7 @@ class Session:
         groups: This rank's process groups.
         device: ``cpu`` or ``cuda``, never ``auto``.
         console: Where rank 0 writes.
+        digests: Identities of what the running stage reads and mentions, by name, as they were planned.
     """
 
     config: RunConfig
@@ -29,6 +31,7 @@ class Session:
     groups: Groups
     device: Device
     console: Console
+    digests: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def is_main(self) -> bool:
