@@ -3,6 +3,7 @@
 ``hf/`` holds the source's config.json, generation_config.json and tokenizer files as they came.
 """
 
+import hashlib
 import json
 import shutil
 from pathlib import Path
@@ -45,6 +46,17 @@ def read_model_config(folder: Path) -> ModelConfig:
 def is_checkpoint_folder(folder: Path) -> bool:
     """Whether a folder is one of ours, and not a Hugging Face folder."""
     return (folder / MODEL_FILE).is_file()
+
+
+def fingerprint(folder: Path) -> str:
+    """SHA-256 over model.json, weights and ``hf/`` by relative path: what a checkpoint is, whatever lies beside it."""
+    parts = (path for part in (WEIGHTS_DIR, SIDE_DIR) for path in (folder / part).rglob("*"))
+    total = hashlib.sha256()
+    for file in sorted(path for path in (folder / MODEL_FILE, *parts) if path.is_file()):
+        with file.open("rb") as stream:
+            digest = hashlib.file_digest(stream, "sha256").hexdigest()
+        total.update(f"{file.relative_to(folder).as_posix()}\0{digest}\n".encode())
+    return total.hexdigest()
 
 
 def weights_dir(folder: Path) -> Path:

@@ -9,7 +9,7 @@ import torch
 
 from minitron.checkpoint.folder import is_checkpoint_folder, read_model_config
 from minitron.cli.exporting import export
-from minitron.cli.stages import CHECKPOINT_OF, random_ranking, teacher_digest
+from minitron.cli.stages import CHECKPOINT_OF, random_ranking
 from minitron.config.compose import to_yaml
 from minitron.config.distill import TeacherSource
 from minitron.config.precision import Dtype
@@ -17,7 +17,6 @@ from minitron.config.run import SourceDtype, SourceKind
 from minitron.config.trainings import TRAININGS, settings_of
 from minitron.data.build import build_dataset
 from minitron.data.summary import Split, require_tokens
-from minitron.distill.cache_plan import cache_identity
 from minitron.distill.cache_write import write_teacher_logits
 from minitron.distill.run import distill
 from minitron.eval.run import check_better_than_chance, evaluate
@@ -131,22 +130,15 @@ def _data(session: Session, out: Path) -> Values:
     return {"train_tokens": summary.train.num_tokens, "heldout_tokens": summary.heldout.num_tokens}
 
 
-def _identity_of(session: Session, stage: str) -> str:
-    meta = session.run.meta(stage)
-    assert meta is not None, f"{stage} runs before"
-    digest: str = meta["digest"]
-    return digest
-
-
 def _score(session: Session, out: Path) -> Values:
     run = session.run
-    source_id = _identity_of(session, "source")
+    source_id = session.digests["source"]
     return dict(score(session, model=run.stage("source"), source_id=source_id, data=run.stage("data"), out=out))
 
 
 def _prune(session: Session, out: Path) -> Values:
     run = session.run
-    source_id = _identity_of(session, "source")
+    source_id = session.digests["source"]
     return prune(session, model=run.stage("source"), source_id=source_id, scores=run.stage("score"), out=out)
 
 
@@ -161,11 +153,16 @@ def _teacher_folder(session: Session) -> Path:
 
 
 def _teacher_logits(session: Session, out: Path) -> Values:
-    data = session.run.stage("data")
-    identity = cache_identity(session.config, data, teacher=teacher_digest(session.config, session.run))
-    teacher = _teacher_folder(session)
-    with session.context_as_data() as whole:  # distributions are kept by whole sequences
-        return dict(write_teacher_logits(whole, teacher=teacher, identity=identity, data=data, out=out))
+    return dict(
+        write_teacher_logits(
+            session,
+            teacher=_teacher_folder(session),
+            teacher_id=session.digests["teacher"],
+            imported=session.run.stage("import"),
+            data=session.run.stage("data"),
+            out=out,
+        )
+    )
 
 
 def _train(stage: str, session: Session, out: Path) -> Values:
@@ -175,10 +172,10 @@ def _train(stage: str, session: Session, out: Path) -> Values:
     settings, data = settings_of(session.config, stage), run.stage("data")
     if training.distills:
         taught = session.config.distill.teacher
-        teacher = _teacher_folder(session)
+        teacher, teacher_id = _teacher_folder(session), None
         if taught.source is TeacherSource.cached:
             teacher = Path(taught.cache) if taught.cache else run.stage("teacher_logits")
-        teacher_id = teacher_digest(session.config, run)
+            teacher_id = session.digests["teacher"]
         summary = distill(
             session,
             stage=stage,

@@ -1,12 +1,13 @@
 """The line: every stage and what its result depends on. Light: what the stages do is in `actions`."""
 
+import functools
 import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from minitron.checkpoint.folder import is_checkpoint_folder
+from minitron.checkpoint.folder import fingerprint, is_checkpoint_folder
 from minitron.config.compose import flat_values
 from minitron.config.distill import TeacherSource
 from minitron.config.line import Ancestor
@@ -16,9 +17,10 @@ from minitron.config.trainings import ABLATION, TRAININGS, in_step, settings_of
 from minitron.data.sources import source_fingerprint as text_fingerprint
 from minitron.distill.cache_format import LogitCache, read_identity
 from minitron.distill.cache_plan import lacking
+from minitron.errors import ConfigError
 from minitron.models.hf_import import source_fingerprint as model_fingerprint
 from minitron.pipeline import Stage, nothing_outside
-from minitron.runtime.artefact import RunFolder, StageIdentity
+from minitron.runtime.artefact import META_FILE, RunFolder
 
 if TYPE_CHECKING:
     from minitron.runtime.session import Session
@@ -73,13 +75,16 @@ class Line:
         if stage == "teacher":
             original = "correct" if self.config.correction.enabled else "import"
             return self.teacher.place("distill") if self.teacher else original
-        return stage if stage in _SHARED or not self.step else f"steps/{self.step}/{stage}"
+        shared = stage in _SHARED or (stage == "teacher_logits" and self.teacher is None)
+        return stage if shared or not self.step else f"steps/{self.step}/{stage}"
 
     def stage(self, stage: Stage) -> Stage:
         """A stage as it is in this line."""
 
         def run(session: "Session", out: Path) -> Values:
-            return stage.run(replace(session, config=self.config, run=placed(session.run)), out)
+            told = {name: session.digests[self.place(name)] for name in (*stage.needs, *stage.mentions)}
+            digests = {**session.digests, **told}
+            return stage.run(replace(session, config=self.config, run=placed(session.run), digests=digests), out)
 
         def placed(run: RunFolder) -> RunFolder:
             return RunFolder(run.path, self.place)
@@ -88,6 +93,7 @@ class Line:
             stage,
             name=self.place(stage.name),
             needs=tuple(dict.fromkeys(map(self.place, stage.needs))),
+            mentions=tuple(map(self.place, stage.mentions)),
             values=lambda _: stage.values(self.config),
             outside=lambda _: stage.outside(self.config),
             lacks=lambda _, run: stage.lacks(self.config, placed(run)),
@@ -125,8 +131,20 @@ def stages_of(config: RunConfig) -> list[Stage]:
     ]
     whole = Line(config)
     stages = [whole.stage(stage) for stage in shared]
-    stages += [line.stage(stage) for line in lines_of(config) for stage in _line_stages(line.config)]
+    stages += _stages_of_lines(lines_of(config))
     return stages if config.chain else stages + [whole.stage(stage) for stage in _ablation_stages(config)]
+
+
+def _stages_of_lines(lines: list[Line]) -> list[Stage]:
+    """The stages of every step. Steps that learn from one model share its cache, which has what the longest needs."""
+    stages: dict[str, Stage] = {}
+    for line in lines:
+        for stage in _line_stages(line.config):
+            place = line.place(stage.name)
+            sharing = [other for other in lines if other.place(stage.name) == place]
+            longest = max(sharing, key=lambda other: other.config.distill.train.num_tokens)
+            stages.setdefault(place, longest.stage(stage))
+    return list(stages.values())
 
 
 def _line_stages(config: RunConfig) -> list[Stage]:
@@ -141,7 +159,7 @@ def _line_stages(config: RunConfig) -> list[Stage]:
         _eval_stage("pruned"),
         Stage(
             "teacher_logits",
-            (*_teacher_needed(config), "data"),
+            (*_teachers_stage(config), "import", "data"),
             _teacher_logits_values,
             _action("teacher_logits"),
             outside=_teacher_outside,
@@ -187,14 +205,9 @@ def needs_cache(config: RunConfig) -> bool:
     return config.distill.teacher.source is TeacherSource.cached and config.distill.teacher.cache is None
 
 
-def teacher_digest(config: RunConfig, run: RunFolder) -> str:
-    """Identity of the teacher's weights; the checkpoint of an imported one need not be there any more."""
-    if config.distill.teacher.path is not None:
-        return _teacher_outside(config)["teacher"]
-    meta = run.meta("teacher")
-    if meta is not None:
-        return str(meta["digest"])
-    return StageIdentity("import", _source_values(config), _model_outside(config)).digest
+def _teachers_stage(config: RunConfig) -> tuple[str, ...]:
+    """The stage that leaves the teacher, unless `_teacher_outside` has it; it is named ``teacher`` in both."""
+    return () if config.distill.teacher.path else ("teacher",)
 
 
 def _training_stages(name: str, config: RunConfig) -> list[Stage]:
@@ -206,21 +219,19 @@ def _training_stages(name: str, config: RunConfig) -> list[Stage]:
         return _training_values(config, name) | (_recipe_values(config) if training.distills else {})
 
     outside: Callable[[RunConfig], dict[str, str]] = nothing_outside
+    mentions: tuple[str, ...] = ()
     if training.distills:
         outside = _teacher_outside
         if config.distill.teacher.source is TeacherSource.online:
-            needs[:0] = _teacher_needed(config)
-        elif needs_cache(config):
-            needs.insert(0, "teacher_logits")
-        else:
-            outside = _cache_outside
-    stage = Stage(name, tuple(needs), values, _action(name), outside=outside, resumable=True)
+            needs = [*_teachers_stage(config), *needs]
+        else:  # it can be learnt from a cache when the teacher itself is gone
+            mentions = _teachers_stage(config)
+            if needs_cache(config):
+                needs.insert(0, "teacher_logits")
+            else:
+                outside = _cache_outside
+    stage = Stage(name, tuple(needs), values, _action(name), outside=outside, resumable=True, mentions=mentions)
     return [stage, _eval_stage(_evaluated(name))]
-
-
-def _teacher_needed(config: RunConfig) -> list[str]:
-    """The stage that leaves the teacher; none for a given one."""
-    return ["teacher"] if config.distill.teacher.path is None else []
 
 
 def _evaluated(training: str) -> str:
@@ -319,22 +330,37 @@ def _teacher_outside(config: RunConfig) -> dict[str, str]:
 def _folder_outside(name: str, given: str | None) -> dict[str, str]:
     if given is None:
         return {}
-    folder = Path(given)
+    return {name: _model_identity(Path(given).resolve())}
+
+
+@functools.cache
+def _model_identity(folder: Path) -> str:
+    """Identity of a model outside the run, found once a process: several stages ask, and a large one takes minutes.
+
+    A finished stage of a run has the identity that the run's own plan has for it.
+    """
     if not is_checkpoint_folder(folder):
-        return {name: model_fingerprint(folder)}
-    digest = hashlib.sha256()
-    for file in sorted(path for path in folder.rglob("*") if path.is_file()):
-        with file.open("rb") as stream:
-            digest.update(file.name.encode() + hashlib.file_digest(stream, "sha256").digest())
-    return {name: digest.hexdigest()}
+        return model_fingerprint(folder)
+    meta = RunFolder(folder.parent).meta(folder.name) if (folder / META_FILE).exists() else None
+    return fingerprint(folder) if meta is None else str(meta["digest"])
 
 
 def _cache_outside(config: RunConfig) -> dict[str, str]:
-    """What the cache of another run, ``distill.teacher.cache``, belongs to."""
-    if config.distill.teacher.cache is None:
-        return {}
-    identity = read_identity(Path(config.distill.teacher.cache))
-    return {"teacher_logits": hashlib.sha256(repr(identity).encode()).hexdigest()}
+    """What the cache of another run, ``distill.teacher.cache``, belongs to, and the teacher it should be of.
+
+    Raises:
+        ConfigError: ``distill.teacher.dtype`` is not that of the cache.
+    """
+    taught = config.distill.teacher
+    assert taught.cache is not None
+    identity = read_identity(Path(taught.cache))
+    if taught.dtype is not None and str(taught.dtype) != identity.dtype:
+        raise ConfigError(
+            f"distill.teacher.dtype={taught.dtype}, but the teacher ran in {identity.dtype} when distill.teacher.cache="
+            f"{taught.cache} was written; set it to null, or make a cache with `minitron teacher-logits`"
+        )
+    cache = {"teacher_logits": hashlib.sha256(repr(identity).encode()).hexdigest()}
+    return cache | _teacher_outside(config)
 
 
 def _text_outside(config: RunConfig) -> dict[str, str]:

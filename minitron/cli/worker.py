@@ -67,7 +67,7 @@ def run_rank(config: RunConfig, wanted: Sequence[str], env: DistEnv, *, outside:
         plan: list[object] = [None]
         if session.is_main:
             planned = plan_stages(stages_of(config), config, run, wanted, outside)
-            plan = [[(item.stage.name, item.identity, item.done, item.changed) for item in planned]]
+            plan = [[(item.stage.name, item.identity, item.done, item.changed, item.digests) for item in planned]]
         torch.distributed.broadcast_object_list(plan, src=0)
         run_stages(_rebuild(plan[0], config), session)
 
@@ -76,7 +76,7 @@ def _rebuild(plan: object, config: RunConfig) -> list[Planned]:
     """The plan with this process's own stage functions."""
     assert isinstance(plan, list)
     stages = {stage.name: stage for stage in stages_of(config)}
-    return [Planned(stages[name], identity, done, changed) for name, identity, done, changed in plan]
+    return [Planned(stages[name], *rest) for name, *rest in plan]
 
 
 def _quiet() -> None:

@@ -72,19 +72,20 @@ class Batch:
         )
 
     def to(self, device: torch.device) -> "Batch":
-        """Return the batch on a device; to a GPU through pinned memory, so that the host does not wait for the copy."""
+        """Return the batch on a device, without a wait (see `to_device`)."""
         whole = self.whole_loss_tokens
         return replace(
             self,
-            tokens_BS=_moved(self.tokens_BS, device),
-            labels_BS=_moved(self.labels_BS, device),
-            position_ids_BS=_moved(self.position_ids_BS, device),
-            loss_mask_BS=_moved(self.loss_mask_BS, device),
-            whole_loss_tokens=None if whole is None else _moved(whole, device),
+            tokens_BS=to_device(self.tokens_BS, device),
+            labels_BS=to_device(self.labels_BS, device),
+            position_ids_BS=to_device(self.position_ids_BS, device),
+            loss_mask_BS=to_device(self.loss_mask_BS, device),
+            whole_loss_tokens=None if whole is None else to_device(whole, device),
         )
 
 
-def _moved(tensor: Tensor, device: torch.device) -> Tensor:
+def to_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """Move a tensor; to a GPU through pinned memory, so that the host does not wait for the copy."""
     if device.type == "cuda" and tensor.device.type == "cpu":
         return tensor.pin_memory().to(device, non_blocking=True)
     return tensor.to(device)

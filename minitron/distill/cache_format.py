@@ -45,7 +45,8 @@ class CacheIdentity:
     Attributes:
         dataset: Hash of the training split (``train_sha256`` in ``data.json``).
         seq_length: Tokens of a sequence.
-        vocab_size: True size of the vocabulary.
+        vocab_size: Ids that the teacher and the data's tokenizer both have (`common_vocab_size`): the distributions
+            are over these.
         teacher: Identity of the teacher's weights.
         dtype: Number format the teacher ran in.
         parameters: What is kept of each distribution (`TeacherLogitsConfig.parameters`).
@@ -154,7 +155,6 @@ class LogitCache:
         self._shard_of_row = np.repeat(np.arange(len(tables)), [len(table) for table in tables])
         self.samples, self._row_of_sample = np.unique(self._rows["sample"], return_index=True)
         self.num_bytes = sum(shard.stat().st_size for shard in self._shards)
-        self._maps: dict[int, npt.NDArray[np.uint8]] = {}
 
     def missing(self, needed: Indices) -> Indices:
         """Those of some sample indices that it does not have."""
@@ -192,9 +192,9 @@ class LogitCache:
         assert self.samples[place : place + 1].tolist() == [sample], f"sample {sample} is not in the cache"
         row = self._row_of_sample[place]
         shard, (_, offset, length, crc32) = int(self._shard_of_row[row]), self._rows[row]
-        if shard not in self._maps:
-            self._maps[shard] = np.memmap(self._shards[shard], np.uint8, mode="r")
-        record = self._maps[shard][offset : offset + length].tobytes()
+        with self._shards[shard].open("rb") as file:  # not kept open: a long cache has thousands of shards
+            file.seek(int(offset))
+            record = file.read(int(length))
         if zlib.crc32(record) != crc32:
             raise ArtefactError(f"{self._shards[shard]}: the record of sample {sample} is damaged; {_AGAIN}")
         return self._codec.decode(record)

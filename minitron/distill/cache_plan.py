@@ -42,22 +42,22 @@ def lacking(config: RunConfig, data: Path, cache: LogitCache) -> str | None:
     )
 
 
-def cache_identity(config: RunConfig, data: Path, *, teacher: str) -> CacheIdentity:
+def cache_identity(config: RunConfig, data: Path, *, teacher: str, vocab_size: int) -> CacheIdentity:
     """What this run's cache belongs to.
 
     Args:
         config: The run's configuration.
         data: The data folder.
         teacher: Identity of the teacher's weights.
+        vocab_size: Ids that the teacher and the data's tokenizer both have.
 
     Raises:
         DataError: The data folder is not finished.
     """
-    summary = load_summary(data)
     return CacheIdentity(
-        dataset=summary.train_sha256,
+        dataset=load_summary(data).train_sha256,
         seq_length=config.data.seq_length,
-        vocab_size=summary.vocab_size,
+        vocab_size=vocab_size,
         teacher=teacher,
         dtype=str(config.distill.teacher.dtype or config.precision.dtype),
         parameters=config.teacher_logits.parameters(),

@@ -23,9 +23,10 @@ from minitron.distill.cache_format import (
     write_identity,
     write_shard,
 )
-from minitron.distill.cache_plan import needed_samples
+from minitron.distill.cache_plan import cache_identity, needed_samples
 from minitron.distill.sparsify import sparse_entries
 from minitron.distill.teacher import freeze
+from minitron.distill.vocabulary import common_vocab_size
 from minitron.errors import ArtefactError
 from minitron.losses.vocab import VocabShard
 from minitron.models.gpt import Chunks, FinalState
@@ -41,14 +42,15 @@ Record = tuple[int, bytes]
 
 
 def write_teacher_logits(
-    session: Session, *, teacher: Path, identity: CacheIdentity, data: Path, out: Path
+    session: Session, *, teacher: Path, teacher_id: str, imported: Path, data: Path, out: Path
 ) -> dict[str, float]:
     """Add to a cache what the configured distillation will read and the cache does not have.
 
     Args:
-        session: The running job; the teacher runs in its layout.
+        session: The running job; the teacher runs in its layout, context-parallel ranks as data-parallel ones.
         teacher: Checkpoint folder of the teacher.
-        identity: What the cache belongs to.
+        teacher_id: Identity of its weights.
+        imported: Checkpoint folder whose tokenizer made the data.
         data: The data folder.
         out: The cache's folder; holds what was written before.
 
@@ -56,7 +58,26 @@ def write_teacher_logits(
         Samples and bytes of the whole cache, and its bytes per token.
 
     Raises:
+        ModelError: The teacher's tokenizer is another than the data's.
         ArtefactError: What is in the folder belongs to something else or is damaged, or the disk is too small.
+    """
+    common = common_vocab_size(teacher, imported)
+    identity = cache_identity(session.config, data, teacher=teacher_id, vocab_size=common)
+    with session.context_as_data() as whole:  # distributions are kept by whole sequences
+        missing = _write_missing(whole, teacher, identity, data, out)
+    if not session.is_main:
+        return {}
+    cache = LogitCache(out)
+    assert not len(cache.missing(missing))
+    per_token = cache.num_bytes / max(1, len(cache.samples) * identity.seq_length)
+    return {"samples": len(cache.samples), "bytes": cache.num_bytes, "bytes_per_token": per_token}
+
+
+def _write_missing(session: Session, teacher: Path, identity: CacheIdentity, data: Path, out: Path) -> Indices:
+    """Run the teacher over the samples that are not in the cache, and add them.
+
+    Returns:
+        These samples.
     """
     settings, groups = session.config.teacher_logits, session.groups
     missing, first_shard = _open(session, identity, data, out)
@@ -77,12 +98,7 @@ def write_teacher_logits(
             writer.add(records)
         writer.close()
         torch.distributed.barrier()
-    if not session.is_main:
-        return {}
-    cache = LogitCache(out)
-    assert not len(cache.missing(missing))
-    per_token = cache.num_bytes / max(1, len(cache.samples) * identity.seq_length)
-    return {"samples": len(cache.samples), "bytes": cache.num_bytes, "bytes_per_token": per_token}
+    return missing
 
 
 def _open(session: Session, identity: CacheIdentity, data: Path, out: Path) -> tuple[Indices, int]:

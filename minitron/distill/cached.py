@@ -6,10 +6,11 @@ import numpy as np
 import torch
 
 from minitron.config.teacher_logits import CacheMethod
-from minitron.data.batch import NO_SAMPLE, Batch
+from minitron.data.batch import NO_SAMPLE, Batch, to_device
 from minitron.distill.cache_format import Array, Entries, LogitCache
 from minitron.distill.teacher import Signal
 from minitron.losses import SparseTarget
+from minitron.parallel.context import context_positions
 
 
 class CachedTeacher:
@@ -18,13 +19,15 @@ class CachedTeacher:
     Args:
         cache: The cache; it must have every sample that comes.
         is_last_stage: Whether this rank computes losses.
+        cp_rank: Its place among the ranks that share the sequences.
         device: Where the entries go.
     """
 
-    def __init__(self, cache: LogitCache, *, is_last_stage: bool, device: torch.device) -> None:
+    def __init__(self, cache: LogitCache, *, is_last_stage: bool, cp_rank: int, device: torch.device) -> None:
         self._cache = cache
         self._settings = cache.identity.settings
         self._is_last_stage = is_last_stage
+        self._cp_rank = cp_rank
         self._device = device
 
     def signals(self, microbatches: Sequence[Batch]) -> list[Signal]:
@@ -35,7 +38,8 @@ class CachedTeacher:
 
     def _target(self, batch: Batch) -> SparseTarget:
         """The entries of a micro-batch, its tokens in the order of a final state's [S, B]."""
-        here = batch.position_ids_BS[0].cpu().numpy()  # this rank's part of the sequences
+        # This rank's part of the sequences; the batch's own positions are on the device, and reading them would wait.
+        here = context_positions(batch.seq_length, rank=self._cp_rank, size=batch.context_parallel_size).numpy()
         rows = [self._read(sample) for sample in batch.sample_index_B.tolist()]
         slots = max(1, max(int(row.number_S.max()) for row in rows))
         padded = [row.padded(slots) for row in rows]
@@ -53,7 +57,7 @@ class CachedTeacher:
         return Entries(empty, empty[:0], empty[:0], empty.astype(np.float32))
 
     def _to_device(self, array: Array) -> torch.Tensor:
-        return torch.from_numpy(array).to(self._device, non_blocking=True)
+        return to_device(torch.from_numpy(array), self._device)
 
 
 def _flatten(rows: list[Array]) -> Array:

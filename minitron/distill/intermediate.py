@@ -137,6 +137,7 @@ class IntermediateLosses:
         """
         now = self._last
         assert now is not None
+        self._last = None  # it holds the teacher's states
         if self._config.mixing is Mixing.fixed:
             return
         total = _total(now, logit_loss)
@@ -157,6 +158,7 @@ class IntermediateLosses:
             assert work is not None
             work.wait()
         self._sends = []
+        self._last = None
         sums, self._sums = self._sums, {}
         return sums
 
@@ -202,9 +204,10 @@ class IntermediateLosses:
         kinds = list(now.losses)
         size = self._groups.tp.size()
         is_part = [self._sequence_parallel or kind is StateKind.attention_relations for kind in kinds]
-        values = torch.stack([now.losses[kind] for kind in kinds])
-        if any(is_part) and size > 1:
-            values = values / torch.tensor([1 if part else size for part in is_part], device=values.device)
+        summed = any(is_part) and size > 1
+        shares = zip(kinds, is_part, strict=True)
+        values = torch.stack([now.losses[k] if part or not summed else now.losses[k] / size for k, part in shares])
+        if summed:
             dist.all_reduce(values, group=self._groups.tp)
         for kind, value in zip(kinds, values, strict=True):
             self._add(kind.value, value)

@@ -159,6 +159,8 @@ def relayout_teacher(
             dtype=TORCH_DTYPE[precision.dtype],
             device=session.torch_device,
         )
+    # Some ranks send nothing: NCCL connects a group only where all of its ranks take part in the first operation.
+    dist.all_reduce(torch.zeros((), device=session.torch_device))
     with second_layout(layout.parallel) as second:
         with second.active():
             gpt, _ = load_gpt(folder, replace(session, config=config, groups=second.groups), precision=precision)

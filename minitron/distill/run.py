@@ -32,7 +32,7 @@ def distill(
     *,
     stage: str,
     teacher: Path,
-    teacher_id: str,
+    teacher_id: str | None,
     start: StartingPoint,
     settings: TrainConfig,
     data: Path,
@@ -45,7 +45,7 @@ def distill(
         stage: Name for the bar and the trackers.
         teacher: Checkpoint folder of the model to learn from, or with ``distill.teacher.source=cached`` a cache of
             its distributions.
-        teacher_id: Identity of the teacher's weights.
+        teacher_id: Identity of the teacher's weights, to compare with the cache's; None where it runs online.
         start: The student.
         settings: Batch, schedule, optimizer.
         data: The data folder.
@@ -59,7 +59,8 @@ def distill(
     source: Teacher
     with ExitStack() as stack:
         if recipe.teacher.source is TeacherSource.cached:
-            source, common = _open_cache(session, teacher, teacher_id=teacher_id, data=data), None
+            assert teacher_id is not None, "a cache is checked against the teacher it should be of"
+            source, common = _open_cache(session, teacher, teacher_id=teacher_id, student=start.folder, data=data)
         else:
             common = common_vocab_size(teacher, start.folder)
             rows = read_model_config(start.folder).vocab_size
@@ -129,14 +130,22 @@ def _intermediate(
         yield replace(teacher, states=states), losses
 
 
-def _open_cache(session: Session, folder: Path, *, teacher_id: str, data: Path) -> Teacher:
-    """A teacher from a cache; make sure, before the first step, that every sample is in it."""
+def _open_cache(session: Session, folder: Path, *, teacher_id: str, student: Path, data: Path) -> tuple[Teacher, int]:
+    """A teacher from a cache and the vocabulary it covers; make sure, before the first step, that no sample lacks."""
     cache = LogitCache(folder)
-    cache.check(cache_identity(session.config, data, teacher=teacher_id), to_extend=False)
+    # Fewer ids than the student's are those it has in common with a teacher; with more, the cache is of other models.
+    common = min(cache.identity.vocab_size, read_model_config(student).vocab_size)
+    cache.check(cache_identity(session.config, data, teacher=teacher_id, vocab_size=common), to_extend=False)
+    if session.config.distill.teacher.cache is not None:
+        kept = ", ".join(f"{key}={value}" for key, value in cache.identity.parameters.items())
+        session.say(f"  teacher_logits.* and the teacher's dtype are {folder}'s: {kept}, {cache.identity.dtype}")
     lack = lacking(session.config, data, cache)
     if lack:
         raise ArtefactError(
             f"{lack}; run `minitron teacher-logits` in the run that this folder belongs to, with the same "
             "distill.train and seed, which adds them"
         )
-    return CachedTeacher(cache, is_last_stage=session.groups.is_last_stage, device=session.torch_device)
+    groups = session.groups
+    return CachedTeacher(
+        cache, is_last_stage=groups.is_last_stage, cp_rank=groups.cp_rank, device=session.torch_device
+    ), common

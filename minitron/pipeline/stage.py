@@ -6,7 +6,7 @@ import gc
 import os
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -48,6 +48,7 @@ class Stage:
         run: Does the work on every rank; writes into the given folder; what it returns on rank 0 is the summary.
         outside: Hashes of content outside the run folder that it reads.
         resumable: Whether an interrupted attempt's folder is of use.
+        mentions: Stages whose identities it is told, though it does not read them: they need not be there.
         lacks: What a finished artefact of the right identity still lacks for this configuration, in words; running
             the stage again adds it.
     """
@@ -58,6 +59,7 @@ class Stage:
     run: Callable[["Session", Path], dict[str, Any]]
     outside: Callable[[RunConfig], dict[str, str]] = field(default=nothing_outside)
     resumable: bool = False
+    mentions: tuple[str, ...] = ()
     lacks: Callable[[RunConfig, RunFolder], str | None] = field(default=_lacks_nothing)
 
 
@@ -70,12 +72,14 @@ class Planned:
         identity: What its result depends on.
         done: Its artefact exists.
         changed: Why it is run again, when an older artefact is in its place; empty where it is only added to.
+        digests: Identity of each of its inputs and of each stage that it mentions, by name.
     """
 
     stage: Stage
     identity: StageIdentity
     done: bool
     changed: list[str]
+    digests: dict[str, str]
 
 
 def outside_hashes(stages: Sequence[Stage], config: RunConfig) -> OutsideHashes:
@@ -119,7 +123,8 @@ def plan_stages(
             _check_complete(by_name[needed], config, run, wanted, stage.name)
         done, changed = run.is_done(identity, config.on_change)
         done = done and stage.lacks(config, run) is None
-        planned.append(Planned(stage, identity, done, changed))
+        digests = inputs | {name: identities[name].digest for name in stage.mentions}
+        planned.append(Planned(stage, identity, done, changed, digests))
     return planned
 
 
@@ -143,7 +148,7 @@ def _check_needed(identity: StageIdentity, run: RunFolder, wanted: Sequence[str]
 def _check_complete(needed: Stage, config: RunConfig, run: RunFolder, wanted: Sequence[str], by: str) -> None:
     lack = None if needed.name in wanted else needed.lacks(config, run)
     if lack:
-        verb = needed.name.replace("_", "-")
+        verb = needed.name.rsplit("/", 1)[-1].replace("_", "-")
         raise ArtefactError(f"{by}: {lack}; run `minitron {verb}` with the same settings, which adds them")
 
 
@@ -176,7 +181,7 @@ def _run_stage(item: Planned, session: "Session") -> dict[str, Any]:
         if session.is_main:
             session.run.begin(item.identity, resumable=item.stage.resumable)
         torch.distributed.barrier()
-        summary = item.stage.run(session, partial)
+        summary = item.stage.run(replace(session, digests=item.digests), partial)
         torch.distributed.barrier()
         if session.is_main:
             session.run.finish(

@@ -130,7 +130,7 @@ class RunFolder:
         try:
             if resumable and meta is not None and meta["digest"] == identity.digest:
                 shutil.rmtree(folder, ignore_errors=True)
-                folder.parent.mkdir(exist_ok=True)
+                folder.parent.mkdir(parents=True, exist_ok=True)
                 self.stage(identity.stage).rename(folder)
                 (folder / "digest").write_text(identity.digest)
             mark = folder / "digest"

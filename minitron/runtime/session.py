@@ -1,8 +1,8 @@
 """What every stage gets: the configuration, this rank's place, and where to write."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Self
 
 import torch
@@ -24,6 +24,7 @@ class Session:
         groups: This rank's process groups.
         device: ``cpu`` or ``cuda``, never ``auto``.
         console: Where rank 0 writes.
+        digests: Identities of what the running stage reads and mentions, by name, as they were planned.
     """
 
     config: RunConfig
@@ -31,6 +32,7 @@ class Session:
     groups: Groups
     device: Device
     console: Console
+    digests: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def is_main(self) -> bool:
