@@ -49,7 +49,6 @@ def first_gradients(work: Work, config: IntermediateConfig, out: Path, *, micro_
         with torch.no_grad():
             for parameter in trainable.gpt.parameters():
                 parameter.copy_(parameter.main_grad)  # type: ignore[attr-defined]
-        workers._queue_in_process()
         save_model(trainable.gpt, out)
         return Gradients(mean_terms(terms, groups), norm, _projection(trainable))
 
@@ -75,7 +74,6 @@ def distill(
             terms.append({**mean_terms(output.terms, groups), "grad_norm": output.grad_norm.item()})
         if save:
             assert states is not None
-            workers._queue_in_process()
             save_state(trainable, states, step=stop)
         return Steps(terms, _projection(trainable))
 

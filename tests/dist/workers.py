@@ -1,6 +1,5 @@
 """What the ranks of the multi-process tests run. Imports no transformers: workers import this file."""
 
-import queue
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -8,7 +7,6 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from megatron.core.dist_checkpointing.strategies import filesystem_async
 from torch import Tensor
 
 from minitron.checkpoint.folder import read_model_config
@@ -84,7 +82,6 @@ def distill(work: Work, *, stop: int = 0, states: Path | None = None, save: bool
             steps.append(Step(mean_terms(output.terms, groups)["loss"], output.grad_norm.item()))
         if save:
             assert states is not None
-            _queue_in_process()
             save_state(trainable, states, step=stop)
         return steps
 
@@ -105,7 +102,6 @@ def first_gradients(work: Work, out: Path) -> FirstGradients:
         with torch.no_grad():
             for parameter in trainable.gpt.parameters():
                 parameter.copy_(parameter.main_grad)  # type: ignore[attr-defined]
-        _queue_in_process()
         save_model(trainable.gpt, out)
         pairs = zip(before, teacher.parameters(), strict=True)
         return FirstGradients(
@@ -156,14 +152,6 @@ def microbatches(tokens_GT: Tensor, groups: Groups, *, size: int = 1) -> list[Ba
         .on_rank(groups, torch.device("cpu"))
         for first in range(groups.dp_rank * size, len(tokens_GT), size * ranks)
     ]
-
-
-def _queue_in_process() -> None:
-    """Give Megatron's checkpoint writer a queue of this process.
-
-    It would start a process for one, which the pool's daemons may not; the writing itself is done by this process.
-    """
-    filesystem_async._results_queue = queue.Queue()
 
 
 @contextmanager

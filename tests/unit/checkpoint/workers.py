@@ -1,16 +1,11 @@
 """What the ranks of the multi-process tests run. Imports no transformers: workers import this file."""
 
-import contextlib
-import queue
-from collections.abc import Iterator
 from pathlib import Path
-from unittest import mock
 
 import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing import ShardedTensor
-from megatron.core.dist_checkpointing.strategies import filesystem_async
 
 from minitron.checkpoint.folder import read_model_config, write_model_config
 from minitron.checkpoint.model_io import load_model, save_model
@@ -24,21 +19,10 @@ from minitron.models.gpt import build_gpt
 from minitron.parallel.groups import model_parallel
 
 
-@contextlib.contextmanager
-def megatron_on_cpu() -> Iterator[None]:
-    """The CPU layer, and saving without a helper process: a pool worker may have no children."""
-    CPU_LAYER.apply()
-    try:
-        with mock.patch.object(filesystem_async, "_results_queue", queue.Queue()):
-            yield
-    finally:
-        CPU_LAYER.undo()
-
-
 def load_and_save(folder: Path, out: Path, parallel: ParallelConfig) -> None:
     """Through a sharded Megatron model: load a checkpoint folder, save it again."""
     model = read_model_config(folder)
-    with megatron_on_cpu(), model_parallel(parallel, seed=1) as groups:
+    with CPU_LAYER.in_force(), model_parallel(parallel, seed=1) as groups:
         gpt = build_gpt(model, parallel, PrecisionConfig(), groups, device=Device.cpu)
         for parameter in gpt.parameters():
             parameter.data.fill_(torch.nan)  # what is not loaded shows
@@ -67,7 +51,7 @@ def save_by_megatron(out: Path, whole: torch.Tensor) -> None:
     if rank == 0:
         out.mkdir()
     dist.barrier()
-    with megatron_on_cpu():
+    with CPU_LAYER.in_force():
         dist_checkpointing.save(state, str(out))
 
 
