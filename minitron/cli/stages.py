@@ -206,7 +206,7 @@ def needs_cache(config: RunConfig) -> bool:
 
 
 def _teachers_stage(config: RunConfig) -> tuple[str, ...]:
-    """The stage that leaves the teacher, unless `_teacher_outside` has it; it is named ``teacher`` in both."""
+    """The stage that leaves the teacher, where `_teacher_outside` has none: ``teacher`` names it in both."""
     return () if config.distill.teacher.path else ("teacher",)
 
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 from rich.console import Console
@@ -9,14 +10,13 @@ from rich.console import Console
 from minitron.config.parallel import ParallelConfig
 from minitron.config.run import Device, RunConfig
 from minitron.distill import cache_write
-from minitron.distill.cache_plan import cache_identity
 from minitron.distill.cache_write import write_teacher_logits
 from minitron.distill.run import distill
 from minitron.runtime.artefact import RunFolder
 from minitron.runtime.session import Session
 from minitron.runtime.tracking import read_metrics
 from minitron.train.run import StartingPoint
-from tests.dist.workers import _queue_in_process, in_layout
+from tests.dist.workers import in_layout
 
 TEACHER_ID = "the teacher of these tests"
 
@@ -55,13 +55,21 @@ def write_cache(job: Job, parallel: ParallelConfig, out: Path, *, stop_after: in
 
     with in_layout(parallel) as groups:
         session = job.session(groups, parallel)
-        identity = cache_identity(job.config, job.data, teacher=TEACHER_ID)
+        write = partial(
+            write_teacher_logits,
+            session,
+            teacher=job.teacher,
+            teacher_id=TEACHER_ID,
+            imported=job.student,
+            data=job.data,
+            out=out,
+        )
         out.mkdir(exist_ok=True)
         if stop_after is None:
-            return write_teacher_logits(session, teacher=job.teacher, identity=identity, data=job.data, out=out)
+            return write()
         seconds, cache_write._SHARD_SECONDS, cache_write.write_shard = cache_write._SHARD_SECONDS, -1.0, die
         try:
-            write_teacher_logits(session, teacher=job.teacher, identity=identity, data=job.data, out=out)
+            write()
         except KeyboardInterrupt:
             return {"shards": len(written)}
         finally:
@@ -75,7 +83,6 @@ def distill_steps(
     """Distill to the end; what each step logged."""
     with in_layout(parallel) as groups:
         out.mkdir(exist_ok=True)
-        _queue_in_process()
         distill(
             job.session(groups, parallel),
             stage="distill",

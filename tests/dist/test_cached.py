@@ -1,5 +1,7 @@
 """A cache written at one layout serves every other, and gives what the online teacher gives."""
 
+import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,16 +19,31 @@ from minitron.config.train import TrainConfig
 from minitron.data.build import build_dataset
 from minitron.data.loader import TrainBatches
 from minitron.distill.cache_format import LogitCache
-from minitron.distill.cache_write import planned_size
+from minitron.distill.cache_write import planned_size, write_teacher_logits
 from minitron.distill.cached import CachedTeacher
-from minitron.errors import ArtefactError
+from minitron.errors import ArtefactError, ModelError
 from minitron.losses import SparseTarget, linear_sparse_kl
 from tests.dist.cached_workers import Job, distill_steps, write_cache
-from tests.dist.reference import VOCAB_SIZE, dense_logits, layout
+from tests.dist.reference import VOCAB_SIZE, dense_logits, layout, make_model
 from tests.helpers.pool import PoolError, WorkerPool
 
 S, GLOBAL_BATCH, STEPS = 16, 8, 3
-LAYOUTS = {"1x1x1": layout(), "tp2": layout(tp=2), "pp2": layout(pp=2), "dp2": layout(dp=2)}
+WRITTEN = {
+    "1x1x1": layout(),
+    "tp2": layout(tp=2),
+    "pp2": layout(pp=2),
+    "dp2": layout(dp=2),
+    "cp2": layout(cp=2),  # as data-parallel ranks: distributions are kept by whole sequences
+}
+READ = {
+    "tp2": layout(tp=2),
+    "pp2": layout(pp=2),
+    "dp2": layout(dp=2),
+    "cp2": layout(cp=2),
+    "tp2 sp": layout(tp=2, sp=True),
+    "tp2 pp2": layout(tp=2, pp=2),
+}
+MORE_ROWS = VOCAB_SIZE + 7
 
 
 def with_settings(job: Job, *, source: TeacherSource = TeacherSource.cached, **parts: Any) -> Job:
@@ -67,9 +84,9 @@ def job(tmp_path_factory: pytest.TempPathFactory, teacher: Path, student: Path) 
 def caches(pool: WorkerPool, job: Job, tmp_path_factory: pytest.TempPathFactory) -> dict[str, LogitCache]:
     """The same samples, written at each layout."""
     root = tmp_path_factory.mktemp("caches")
-    for name, parallel in LAYOUTS.items():
+    for name, parallel in WRITTEN.items():
         pool.run(write_cache, parallel.num_ranks, job, parallel, root / name)
-    return {name: LogitCache(root / name) for name in LAYOUTS}
+    return {name: LogitCache(root / name) for name in WRITTEN}
 
 
 @pytest.fixture(scope="module")
@@ -93,7 +110,7 @@ def first_batches(job: Job) -> TrainBatches:
     )
 
 
-@pytest.mark.parametrize("name", [name for name in LAYOUTS if name != "1x1x1"])
+@pytest.mark.parametrize("name", [name for name in WRITTEN if name != "1x1x1"])
 def test_every_layout_writes_the_same(caches: dict[str, LogitCache], name: str) -> None:
     alone, other = caches["1x1x1"], caches[name]
     assert other.identity == alone.identity
@@ -121,19 +138,81 @@ def test_size_is_what_is_said(pool: WorkerPool, job: Job, caches: dict[str, Logi
     assert LogitCache(top_k_cache).num_bytes - table == tokens * (4 + 1 + 6 * (2 + 2))
 
 
-@pytest.mark.parametrize("written", ["tp2", "dp2"])
-def test_every_layout_reads_it(
-    pool: WorkerPool, job: Job, caches: dict[str, LogitCache], tmp_path: Path, written: str
+def assert_same_steps(
+    found: list[dict[str, float]], expected: list[dict[str, float]], *, later: float = 2e-5
 ) -> None:
-    folder = caches[written].folder
-    expected = pool.run(distill_steps, 1, job, layout(), folder, tmp_path / "alone")[0]
-    assert [record["step"] for record in expected] == [1, 2, 3]
-    for name, micro_batch_size in (("tp2", 1), ("pp2", 2), ("dp2", 4)):
-        other = with_settings(job, train={"micro_batch_size": micro_batch_size})
-        parallel = LAYOUTS[name]
-        found = pool.run(distill_steps, parallel.num_ranks, other, parallel, folder, tmp_path / name)[0]
-        for key in ("loss", "forward_kl", "grad_norm"):
-            assert [r[key] for r in found] == pytest.approx([r[key] for r in expected], rel=2e-5), (name, key)
+    """``later``: tolerance once Adam has divided small gradients, rounding included, by their own size."""
+    assert [record["step"] for record in found] == [1, 2, 3]
+    for key in ("loss", "forward_kl", "grad_norm"):
+        assert found[0][key] == pytest.approx(expected[0][key], rel=2e-6), key
+        assert [r[key] for r in found] == pytest.approx([r[key] for r in expected], rel=later), key
+
+
+@pytest.fixture(scope="module")
+def alone(
+    pool: WorkerPool, job: Job, caches: dict[str, LogitCache], tmp_path_factory: pytest.TempPathFactory
+) -> list[dict[str, float]]:
+    """The steps of one rank, from what two tensor-parallel ranks wrote."""
+    return pool.run(distill_steps, 1, job, layout(), caches["tp2"].folder, tmp_path_factory.mktemp("alone"))[0]
+
+
+@pytest.mark.parametrize(("name", "micro_batch_size"), zip(READ, (1, 2, 4, 2, 4, 1), strict=True))
+def test_every_layout_reads_it(
+    pool: WorkerPool,
+    job: Job,
+    caches: dict[str, LogitCache],
+    alone: list[dict[str, float]],
+    tmp_path: Path,
+    name: str,
+    micro_batch_size: int,
+) -> None:
+    other, parallel = with_settings(job, train={"micro_batch_size": micro_batch_size}), READ[name]
+    found = pool.run(distill_steps, parallel.num_ranks, other, parallel, caches["tp2"].folder, tmp_path)[0]
+    assert_same_steps(found, alone)
+
+
+@pytest.fixture(scope="module")
+def more_rows(job: Job, tmp_path_factory: pytest.TempPathFactory) -> Job:
+    """The student has 7 rows beyond the teacher's vocabulary, as the data's summary says too, and 4 layers."""
+    root = tmp_path_factory.mktemp("more")
+    student = make_model(root, seed=3, vocab_size=MORE_ROWS, tie_word_embeddings=False)
+    build_dataset(job.config.data, tokenizer_dir=student / "hf", vocab_size=MORE_ROWS, out_dir=root / "data")
+    return replace(job, student=student / "checkpoint", data=root / "data")
+
+
+def test_teacher_and_student_are_compared_on_the_ids_of_both(
+    pool: WorkerPool, more_rows: Job, tmp_path: Path
+) -> None:
+    """The steps are the online teacher's, alone and in an interleaved pipeline."""
+    top_k = {"top_k": 6, "top_k_rest": TopKRest.ghost}
+    online = with_settings(more_rows, source=TeacherSource.online, loss=top_k)
+    expected = pool.run(distill_steps, 1, online, layout(), more_rows.teacher, tmp_path / "online")[0]
+    writer = with_settings(more_rows, logits={"method": CacheMethod.top_k, "top_k": 6})
+    pool.run(write_cache, 2, writer, layout(tp=2), tmp_path / "cache")
+    assert LogitCache(tmp_path / "cache").identity.vocab_size == VOCAB_SIZE
+    found = pool.run(distill_steps, 1, more_rows, layout(), tmp_path / "cache", tmp_path / "cached")[0]
+    for key in ("loss", "grad_norm"):
+        assert [r[key] for r in found] == pytest.approx([r[key] for r in expected], rel=1e-3), key
+    for name, other in (("vp2", layout(pp=2, vp=2)), ("tp2", layout(tp=2))):  # a shard of TP2 ends past the common ids
+        steps = pool.run(distill_steps, other.num_ranks, more_rows, other, tmp_path / "cache", tmp_path / name)[0]
+        assert_same_steps(steps, found, later=1e-4)
+
+
+def test_another_tokenizer_is_refused_before_the_teacher_runs(job: Job, tmp_path: Path) -> None:
+    other = tmp_path / "other"
+    shutil.copytree(job.teacher / "hf", other / "hf")
+    shutil.copy(job.teacher / "model.json", other)  # and no weights
+    file = other / "hf" / "tokenizer.json"
+    swapped = json.loads(file.read_text())
+    ids = swapped["model"]["vocab"]
+    first, second = list(ids)[40:42]
+    ids[first], ids[second] = ids[second], ids[first]
+    file.write_text(json.dumps(swapped))
+    session = job.session(None, layout())  # there is no job to run it in either
+    arguments = {"teacher_id": "t", "imported": job.student, "data": job.data, "out": tmp_path / "cache"}
+    with pytest.raises(ModelError, match=r"tokenizers of teacher .* and student .* differ: 2 of 257 ids"):
+        write_teacher_logits(session, teacher=other, **arguments)
+    assert not (tmp_path / "cache").exists()
 
 
 @pytest.mark.parametrize("rest", list(TopKRest))
@@ -154,7 +233,7 @@ def test_top_k_takes_the_online_steps(
 def test_top_k_equals_the_dense_formula(job: Job, top_k_cache: Path, teacher: Path) -> None:
     """Loss and gradients against fp64 on transformers' logits; tokens in the order of [S, B]."""
     batch = first_batches(job).microbatches(0)[0]
-    reader = CachedTeacher(LogitCache(top_k_cache), is_last_stage=True, device=torch.device("cpu"))
+    reader = CachedTeacher(LogitCache(top_k_cache), is_last_stage=True, cp_rank=0, device=torch.device("cpu"))
     (signal,) = reader.signals([batch])
     target = signal.final
     assert isinstance(target, SparseTarget)
@@ -181,14 +260,14 @@ def test_rows_that_only_fill_up_and_stages_without_loss(job: Job, top_k_cache: P
     batch = first_batches(job).microbatches(0)[0]
     filled = replace(batch, sample_index_B=torch.tensor([-1, *batch.sample_index_B[1:].tolist()]))
     cache = LogitCache(top_k_cache)
-    reader = CachedTeacher(cache, is_last_stage=True, device=torch.device("cpu"))
+    reader = CachedTeacher(cache, is_last_stage=True, cp_rank=0, device=torch.device("cpu"))
     whole, part = (signal.final for signal in reader.signals([batch, filled]))
     assert isinstance(whole, SparseTarget)
     assert isinstance(part, SparseTarget)
     ids_SBK, other_SBK = whole.ids_TK.view(S, 4, -1), part.ids_TK.view(S, 4, -1)
     assert torch.equal(ids_SBK[:, 1:], other_SBK[:, 1:])
     assert (other_SBK[:, 0] == -1).all()
-    (signal,) = CachedTeacher(cache, is_last_stage=False, device=torch.device("cpu")).signals([batch])
+    (signal,) = CachedTeacher(cache, is_last_stage=False, cp_rank=0, device=torch.device("cpu")).signals([batch])
     assert signal.final is None
 
 
@@ -221,7 +300,7 @@ def test_a_killed_writer_goes_on(
     assert 0 < len(half.samples) < STEPS * GLOBAL_BATCH
     assert list(folder.glob("*.partial"))
     kept = {path: path.read_bytes() for path in folder.glob("*.shard")}
-    pool.run(write_cache, 2, job, LAYOUTS["dp2"], folder)
+    pool.run(write_cache, 2, job, WRITTEN["dp2"], folder)
     assert not list(folder.glob("*.partial"))
     assert {path: path.read_bytes() for path in kept} == kept
     whole, reference = LogitCache(folder), caches["1x1x1"]
@@ -259,6 +338,12 @@ def test_foreign_caches_are_refused(pool: WorkerPool, job: Job, caches: dict[str
     folder = caches["1x1x1"].folder
     with pytest.raises(PoolError, match=r"ArtefactError: .*teacher is the teacher of these tests there and another"):
         pool.run(distill_steps, 1, job, layout(), folder, tmp_path / "a", teacher_id="another here")
+    fewer = replace(job, student=tmp_path / "fewer")
+    shutil.copytree(job.student, fewer.student)
+    smaller = json.loads((job.student / "model.json").read_text()) | {"vocab_size": 250}
+    (fewer.student / "model.json").write_text(json.dumps(smaller))
+    with pytest.raises(PoolError, match=r"ArtefactError: .*vocab_size is 257 there and 250 here"):
+        pool.run(distill_steps, 1, fewer, layout(), folder, tmp_path / "c")
     longer = replace(job, config=replace(job.config, data=replace(job.config.data, seq_length=2 * S)))
     with pytest.raises(PoolError, match=r"ArtefactError: .*seq_length is 16 there and 32 here"):
         pool.run(distill_steps, 1, longer, layout(), folder, tmp_path / "b")

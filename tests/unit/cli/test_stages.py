@@ -1,5 +1,6 @@
 """What each stage's result depends on, and which stages a verb runs."""
 
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -136,6 +137,58 @@ def test_a_cache_of_another_run_counts_by_what_it_belongs_to(base: list[str], tm
     assert _digests(config)["distill"] != before["distill"]
 
 
+def test_a_foreign_cache_is_checked_against_the_planned_teacher(base: list[str], tmp_path: Path) -> None:
+    """No folder of the teacher is there; its identity is the one that the plan has for the stage that leaves it."""
+    write_identity(tmp_path, CacheIdentity("d", 32, 257, "t", "fp32", TeacherLogitsConfig().parameters()))
+    foreign = [*base, "distill.teacher.source=cached", f"distill.teacher.cache={tmp_path}", "correction.enabled=true"]
+    run, every = RunFolder(tmp_path / "none"), [*LINE, "correct"]
+
+    def told(settings: list[str], stage: str = "distill") -> tuple[str | None, str]:
+        config = compose_run(settings)
+        planned = {item.stage.name: item for item in plan_stages(stages_of(config), config, run, every)}
+        assert "correct" not in planned[stage].identity.inputs
+        return planned[stage].digests.get("correct"), planned["correct"].identity.digest
+
+    teacher, correct = told(foreign)
+    assert teacher == correct
+    other, changed = told([*foreign, "correction.lr_scale=0.5"])
+    assert teacher != other == changed
+    assert told(foreign, "score")[0] is None
+    with pytest.raises(ConfigError, match=r"dtype=bf16, but the teacher ran in fp32 when distill.teacher.cache=.* was"):
+        told([*foreign, "distill.teacher.dtype=bf16"])
+
+
+def test_a_teacher_elsewhere_has_the_identity_of_its_own_run(base: list[str], tmp_path: Path) -> None:
+    """A finished stage has its plan's; another folder that of model, weights and ``hf/``, by relative path."""
+    finished, copied = tmp_path / "run" / "import", tmp_path / "copy"
+    for folder in (finished, copied):
+        for file, text in (("model.json", "{}"), ("weights/a", "1"), ("weights/b", "2"), ("hf/config.json", "{}")):
+            (folder / file).parent.mkdir(parents=True, exist_ok=True)
+            (folder / file).write_text(text)
+    (finished / "meta.json").write_text('{"digest": "planned there"}')
+
+    def teacher(folder: Path) -> str:
+        config = compose_run([*base, f"distill.teacher.path={folder}"])
+        stages = {stage.name: stage for stage in stages_of(config)}
+        assert "import" not in stages["distill"].needs
+        return stages["distill"].outside(config)["teacher"]
+
+    def edited(name: str, *moves: tuple[str, str]) -> Path:
+        shutil.copytree(copied, tmp_path / name)
+        for before, after in moves:
+            (tmp_path / name / before).rename(tmp_path / name / after)
+        return tmp_path / name
+
+    assert teacher(finished) == "planned there"
+    before = teacher(copied)
+    beside = edited("beside")
+    (beside / "metrics.jsonl").write_text("{}")
+    assert teacher(beside) == before
+    swapped = edited("swapped", ("weights/a", "weights/c"), ("weights/b", "weights/a"), ("weights/c", "weights/b"))
+    assert teacher(swapped) != before
+    assert teacher(edited("moved", ("weights/a", "hf/a"))) != before
+
+
 def test_content_of_the_text_counts_and_its_place_does_not(base: list[str], tmp_path: Path) -> None:
     config = compose_run(base)
     before = _digests(config)
@@ -204,6 +257,29 @@ def test_chain_with_the_student_before_as_teacher_and_the_original_as_source(bas
     stages = {stage.name: stage for stage in stages_of(config)}
     assert stages["steps/small/score"].needs == ("import", "data")
     assert stages["steps/small/distill"].needs == ("steps/mid/distill", "steps/small/prune", "data")
+
+
+def test_steps_of_a_chain_share_the_cache_of_the_original(base: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """It has what the longest of them reads; a step that learns from the step before has one of its own."""
+    steps = "{name: a, num_tokens: 2560}, {name: b, num_tokens: 7680}, {name: c, num_tokens: 9728, teacher: previous}"
+    config = compose_run([*base, f"chain=[{steps}]", "distill.teacher.source=cached", "correction.enabled=true"])
+    stages = {stage.name: stage for stage in stages_of(config)}
+    assert [name for name in stages if name.endswith("teacher_logits")] == ["teacher_logits", "steps/c/teacher_logits"]
+    assert stages["teacher_logits"].needs == ("correct", "import", "data")
+    assert stages["steps/c/teacher_logits"].needs == ("steps/b/distill", "import", "data")
+    first = {step: stages[f"steps/{step}/distill"].needs[0] for step in "abc"}
+    assert first == {"a": "teacher_logits", "b": "teacher_logits", "c": "steps/c/teacher_logits"}
+    mentioned = {step: stages[f"steps/{step}/distill"].mentions for step in "abc"}
+    assert mentioned == {"a": ("correct",), "b": ("correct",), "c": ("steps/b/distill",)}
+
+    seen: list[int] = []
+    monkeypatch.setattr(
+        "minitron.cli.stages._lacking_logits", lambda own, _run: seen.append(own.distill.train.num_tokens)
+    )
+    run = RunFolder(Path(config.runs_dir) / "none")
+    for name in ("teacher_logits", "steps/c/teacher_logits"):
+        {stage.name: stage for stage in stages_of(config)}[name].lacks(config, run)
+    assert seen == [7680, 9728]
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 import errno
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -166,3 +167,12 @@ def test_write_json_leaves_no_temporary(tmp_path: Path) -> None:
     write_json(tmp_path / "a.json", {"x": [1, 2]})
     assert json.loads((tmp_path / "a.json").read_text()) == {"x": [1, 2]}
     assert [file.name for file in tmp_path.iterdir()] == ["a.json"]
+
+
+def test_a_finished_stage_in_a_subfolder_is_taken_up_again(tmp_path: Path) -> None:
+    run, identity = RunFolder(tmp_path / "run"), _identity("steps/mid/teacher_logits")
+    _make(run, identity, "first")
+    content = {path.name for path in run.stage(identity.stage).iterdir()}
+    shutil.rmtree(run.path / ".partial")
+    assert content <= {path.name for path in run.begin(identity, resumable=True).iterdir()}
+    assert not run.stage(identity.stage).exists()

@@ -1,5 +1,7 @@
 """Which stages are run: a line of four fake stages, prepared by hand."""
 
+import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -63,6 +65,17 @@ def test_a_change_runs_what_depends_on_it_and_no_more(done: RunFolder) -> None:
 
     config.prune.hidden_size = 8
     assert _todo(done, config) == ["prune", "distill", "report"]
+
+
+def test_a_stage_is_told_the_identity_of_one_that_it_mentions(done: RunFolder) -> None:
+    """Whether or not that is there; it decides nothing."""
+    stages = _line()
+    stages[3] = replace(stages[3], mentions=("prune",))
+    shutil.rmtree(done.stage("prune"))
+    (item,) = plan_stages(stages, RunConfig(), done, ["report"])
+    assert item.done
+    before = {p.stage.name: p.identity.digest for p in plan_stages(_line(), RunConfig(), done, ALL)}
+    assert item.digests == {name: before[name] for name in ("distill", "prune")}
 
 
 def test_outside_content_counts(done: RunFolder) -> None:
