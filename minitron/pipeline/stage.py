@@ -1,6 +1,7 @@
 """A stage, the identities of a list of stages, and running what is not done yet."""
 
 import contextlib
+import ctypes
 import errno
 import gc
 import os
@@ -165,11 +166,19 @@ def run_stages(planned: Sequence[Planned], session: "Session") -> None:
         started = time.monotonic()
         session.say(f"{label} ...")
         summary = _run_stage(item, session)
-        gc.collect()  # models and optimizers hold cycles: their memory is the next stage's
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
+        _give_back_memory()
         shown = ", ".join(f"{key} {_short(value)}" for key, value in summary.items())
         session.say(f"{label}: {time.monotonic() - started:.0f} s  {shown}")
+
+
+def _give_back_memory() -> None:
+    """Free what a stage has left: models and optimizers hold cycles, and allocators keep what is freed."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc's; other C libraries give memory back by themselves
+    if trim is not None:
+        trim(0)
 
 
 def _run_stage(item: Planned, session: "Session") -> dict[str, Any]:
