@@ -7,7 +7,6 @@ from dataclasses import dataclass, replace
 import torch
 
 from minitron.config.distill import DistillConfig
-from minitron.config.model import Architecture, ModelConfig
 from minitron.config.parallel import ParallelConfig
 from minitron.config.precision import Dtype, PrecisionConfig
 from minitron.config.run import Device
@@ -20,21 +19,9 @@ from minitron.parallel.groups import Groups, model_parallel
 from minitron.train.objective import CrossEntropy
 from minitron.train.optim import Trainable, make_trainable
 from tests.helpers.batch import batch_of
+from tests.helpers.smollm2 import SMOLLM2_135M
 
-TEACHER = ModelConfig(
-    architecture=Architecture.llama,
-    num_layers=30,
-    hidden_size=576,
-    ffn_hidden_size=1536,
-    num_attention_heads=9,
-    num_query_groups=3,
-    kv_channels=64,
-    vocab_size=49152,
-    max_position_embeddings=8192,
-    layernorm_epsilon=1e-5,
-    rotary_base=100000.0,
-    share_embeddings_and_output_weights=True,
-)
+TEACHER = SMOLLM2_135M
 STUDENT = replace(TEACHER, num_layers=26, hidden_size=504, ffn_hidden_size=1344)
 BF16 = PrecisionConfig(dtype=Dtype.bf16)
 SEQ_LENGTH = 256

@@ -21,6 +21,7 @@ from minitron.models.axes import (
     runs,
 )
 from minitron.models.hf_names import blocks, hf_tensors
+from tests.helpers.smollm2 import SMOLLM2_135M
 
 # 4 query heads in 2 groups, 2 channels a head.
 MODEL = ModelConfig(
@@ -162,16 +163,5 @@ def test_published_parameter_counts(name: str) -> None:
 
 
 def test_smollm2_135m_to_the_last_parameter() -> None:
-    model = replace(
-        MODEL,
-        num_layers=30,
-        hidden_size=576,
-        ffn_hidden_size=1536,
-        num_attention_heads=9,
-        num_query_groups=3,
-        kv_channels=64,
-        vocab_size=49152,
-        share_embeddings_and_output_weights=True,
-    )
-    assert num_parameters(model) == 134_515_008
-    assert num_embedding_parameters(model) == 49152 * 576
+    assert num_parameters(SMOLLM2_135M) == 134_515_008
+    assert num_embedding_parameters(SMOLLM2_135M) == 49152 * 576

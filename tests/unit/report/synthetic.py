@@ -8,27 +8,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from minitron.config.model import Architecture, ModelConfig
 from minitron.runtime.artefact import RunFolder, StageIdentity
+from tests.helpers.smollm2 import SMOLLM2_135M
 
 ENVIRONMENT = {"minitron": "0.1.0", "torch": "2.9.0", "machine": "Linux x86_64, a processor"}
 PROMPT = "The capital of France is"
 EVIL = " <script>alert('x')</script> & \x07Paris"
 
-SOURCE = ModelConfig(
-    architecture=Architecture.llama,
-    num_layers=30,
-    hidden_size=576,
-    ffn_hidden_size=1536,
-    num_attention_heads=9,
-    num_query_groups=3,
-    kv_channels=64,
-    vocab_size=49152,
-    max_position_embeddings=8192,
-    layernorm_epsilon=1e-5,
-    rotary_base=1e5,
-    share_embeddings_and_output_weights=True,
-)
+SOURCE = SMOLLM2_135M
 DROPPED = [21, 22, 23, 24, 25, 26]
 KEPT = [layer for layer in range(30) if layer not in DROPPED]
 TARGET = replace(SOURCE, num_layers=24, hidden_size=448, ffn_hidden_size=1152, num_attention_heads=6)
