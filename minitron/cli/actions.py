@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from minitron.checkpoint.folder import is_checkpoint_folder, read_model_config
 from minitron.cli.exporting import export
@@ -133,13 +134,44 @@ def _data(session: Session, out: Path) -> Values:
 def _score(session: Session, out: Path) -> Values:
     run = session.run
     source_id = session.digests["source"]
-    return dict(score(session, model=run.stage("source"), source_id=source_id, data=run.stage("data"), out=out))
+    told = score(session, model=run.stage("source"), source_id=source_id, data=run.stage("data"), out=out)
+    if session.is_main:
+        from minitron.report.scores import write_score_plots
+
+        scores = Scores.load(out)
+        plots = write_score_plots(_arrays(session, scores), out)
+        session.say(f"  score: {len(plots)} plots in {run.stage('score')}/, {', '.join(plots)}")
+    return dict(told)
+
+
+def _arrays(session: Session, scores: Scores) -> dict[str, NDArray[np.float64]]:
+    """The scores that pruning ranks by, as arrays to draw."""
+    prune = session.config.prune
+    aggregation = prune.aggregation if prune.aggregation in scores.width else next(iter(scores.width))
+    width = scores.for_aggregation(aggregation)
+    heads_LGN = width.head.reshape(scores.model.num_layers, scores.model.num_query_groups, -1)
+    return {
+        "ffn": width.ffn,
+        "head": width.head,
+        "group": np.linalg.norm(heads_LGN, axis=2),
+        "hidden": scores.channels(aggregation, prune.hidden_norms),
+        "hidden_norms": np.concatenate([width.hidden, width.final[None]]),
+        "layer": scores.layer,
+        **{f"{metric} {size}": values for (metric, size), values in scores.depth.blocks.items()},
+    }
 
 
 def _prune(session: Session, out: Path) -> Values:
     run = session.run
-    source_id = session.digests["source"]
-    return prune(session, model=run.stage("source"), source_id=source_id, scores=run.stage("score"), out=out)
+    return prune(
+        session, model=run.stage("source"), source_id=session.digests["source"], scores=_scores_folder(session), out=out
+    )
+
+
+def _scores_folder(session: Session) -> Path:
+    """Where the scores lie: in another run, or in this one."""
+    given = session.config.prune.scores
+    return Path(given) if given else session.run.stage("score")
 
 
 def _prune_random(session: Session, out: Path) -> Values:
@@ -195,14 +227,7 @@ def _report(session: Session, out: Path) -> Values:
     if session.is_main:
         from minitron.report.write import write_report
 
-        width = Scores.load(session.run.stage("score"))
-        scores = width.for_aggregation(session.config.prune.aggregation)
-        importance = {
-            "ffn": scores.ffn,
-            "head": scores.head,
-            "hidden": np.sum(scores.hidden, axis=0),
-            "layer": width.layer,
-        }
+        importance = _arrays(session, Scores.load(_scores_folder(session)))
         write_report(session.run, out, importance, to_yaml(session.config))
     return {}
 

@@ -111,6 +111,10 @@ def wanted_stages(verb: str, config: RunConfig) -> list[str]:
             run = RunFolder(Path(config.runs_dir) / config.name)
             evals = [stage for stage in stages if _verb_name(stage.name).startswith("eval_")]
             return [s.name for s in evals if s.name == "eval_teacher" or run.meta(s.needs[0]) is not None]
+        case "score" if "score" not in map(_verb_name, names):
+            raise ConfigError(
+                f"minitron score has nothing to score: prune.scores={config.prune.scores} are given; leave them out"
+            )
         case _:
             return [name for name in names if _verb_name(name) == verb]
 
@@ -169,10 +173,12 @@ def check_models(config: RunConfig) -> None:
         raise ConfigError(f"distill.logit_loss.top_k={top_k} is more than the vocabulary's {source.vocab_size} tokens")
     for model in (source, teacher):
         longest = min(model.max_position_embeddings, model.sliding_window or model.max_position_embeddings)
-        if config.data.seq_length > longest:
-            raise ModelError(
-                f"data.seq_length={config.data.seq_length} is longer than the model's {longest} positions; lower it"
-            )
+        for name, length in (
+            ("data.seq_length", config.data.seq_length),
+            ("score.seq_length", config.score.seq_length or 0),
+        ):
+            if length > longest:
+                raise ModelError(f"{name}={length} is longer than the model's {longest} positions; lower it")
 
 
 def check_text(config: RunConfig) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from minitron.checkpoint.folder import fingerprint, is_checkpoint_folder
+from minitron.cli.scoring import prune_values, questions_outside, score_values, scores_outside
 from minitron.config.compose import flat_values
 from minitron.config.distill import TeacherSource
 from minitron.config.line import Ancestor
@@ -150,12 +151,12 @@ def _stages_of_lines(lines: list[Line]) -> list[Stage]:
 def _line_stages(config: RunConfig) -> list[Stage]:
     """The stages of one step."""
     evaluations = ["eval_teacher", "eval_pruned", "eval_distilled"]
-    needs_scores = config.prune.ranking is Ranking.importance
+    scores = [] if config.prune.scores else ["score"]
+    ranked_by = scores if config.prune.ranking is Ranking.importance else []
+    score = Stage("score", ("source", "data"), score_values, _action("score"), outside=questions_outside)
     return [
-        Stage("score", ("source", "data"), _score_values, _action("score")),
-        Stage(
-            "prune", ("source", *(["score"] if needs_scores else [])), lambda c: _section(c, "prune"), _action("prune")
-        ),
+        *([score] if scores else []),
+        Stage("prune", ("source", *ranked_by), prune_values, _action("prune"), outside=scores_outside),
         _eval_stage("pruned"),
         Stage(
             "teacher_logits",
@@ -171,7 +172,7 @@ def _line_stages(config: RunConfig) -> list[Stage]:
         Stage("export", ("distill", "data"), lambda c: _section(c, "export"), _action("export")),
         Stage(
             "report",
-            ("score", "prune", *evaluations, *(["eval_baseline"] if config.baseline.enabled else []), "export"),
+            (*scores, "prune", *evaluations, *(["eval_baseline"] if config.baseline.enabled else []), "export"),
             lambda c: {},
             _action("report"),
         ),
@@ -184,7 +185,7 @@ def _ablation_stages(config: RunConfig) -> list[Stage]:
         return []
     others = [name for name in ABLATION if name not in ("distill", "baseline")]
     return [
-        Stage("prune_random", ("source",), lambda c: _section(random_ranking(c), "prune"), _action("prune_random")),
+        Stage("prune_random", ("source",), lambda c: prune_values(random_ranking(c)), _action("prune_random")),
         *(stage for name in others for stage in _training_stages(name, config)),
         Stage(
             "ablation",
@@ -197,7 +198,7 @@ def _ablation_stages(config: RunConfig) -> list[Stage]:
 
 def random_ranking(config: RunConfig) -> RunConfig:
     """The run with units kept at random: the control of importance."""
-    return replace(config, prune=replace(config.prune, ranking=Ranking.random))
+    return replace(config, prune=replace(config.prune, ranking=Ranking.random, scores=None))
 
 
 def needs_cache(config: RunConfig) -> bool:
@@ -270,10 +271,6 @@ def _source_values(config: RunConfig) -> Values:
     if config.source.kind is SourceKind.random:
         return values | flat_values(config.source.random, "source.random")
     return values  # what counts besides is the content, see _model_outside
-
-
-def _score_values(config: RunConfig) -> Values:
-    return _section(config, "score", drop=("micro_batch_size",)) | _section(config, "precision") | {"seed": config.seed}
 
 
 def _training_values(config: RunConfig, training: str) -> Values:

@@ -1,10 +1,10 @@
 """What pruning aims at: the target shape, and how units are ranked."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 
 from minitron.config.model import ModelConfig
-from minitron.config.score import Aggregation
+from minitron.config.score import Aggregation, DepthMetric
 from minitron.errors import ConfigError, PruneError
 
 SIZES = (
@@ -23,12 +23,31 @@ class Ranking(StrEnum):
     random = "random"
 
 
+class DepthSelection(StrEnum):
+    """Which sets of layers may go."""
+
+    free = "free"
+    """Those of lowest score, each measured by itself."""
+    contiguous = "contiguous"
+    """The block of lowest score, measured as a whole (arXiv 2408.11796, section 2.3)."""
+    iterative = "iterative"
+    """One at a time, the lowest of what is left, measured again after each."""
+
+
+class HiddenNorm(StrEnum):
+    """A norm whose output scores the channels of the residual stream, by Megatron's name."""
+
+    input = "input_layernorm"
+    pre_mlp = "pre_mlp_layernorm"
+    final = "final_layernorm"
+
+
 @dataclass(kw_only=True)
 class PruneConfig:
     """The target shape; a size left at null keeps the source's. ``kv_channels`` never changes."""
 
     num_layers: int | None = None
-    """Layers to keep; those of lowest block importance go, unless `drop_layers` names them."""
+    """Layers to keep; those that `depth_metric` finds least important go, unless `drop_layers` names them."""
     hidden_size: int | None = None
     """Channels of the residual stream to keep, the same ones in the whole network."""
     ffn_hidden_size: int | None = None
@@ -39,6 +58,14 @@ class PruneConfig:
     """Query groups (key and value heads) to keep in every layer, chosen per layer."""
     drop_layers: list[int] | None = None
     """Layers to drop by number, counted from 0 (the papers count from 1)."""
+    depth_metric: DepthMetric = DepthMetric.block_importance
+    """What tells which layers go."""
+    depth_selection: DepthSelection = DepthSelection.free
+    """Any layers, one contiguous block, or one layer after the other."""
+    hidden_norms: list[HiddenNorm] = field(default_factory=lambda: [HiddenNorm.input, HiddenNorm.pre_mlp])
+    """Norms over whose outputs a channel's score is summed: of all layers, and the final one if named."""
+    scores: str | None = None
+    """Folder of scores to rank by: another run's score stage on the same source; null takes this run's."""
     ranking: Ranking = Ranking.importance
     """``importance`` ranks by scores; ``random`` is the papers' ablation and needs no scores."""
     aggregation: Aggregation = Aggregation.l2_mean
@@ -59,6 +86,11 @@ class PruneConfig:
             raise ConfigError(f"prune.drop_layers={drop} must count layers from 0")
         if len(set(drop)) < len(drop):
             raise ConfigError(f"prune.drop_layers={drop} names a layer twice; name each once")
+        norms = [norm.name for norm in self.hidden_norms]
+        if not norms or len(set(norms)) < len(norms):
+            raise ConfigError(f"prune.hidden_norms=[{', '.join(norms)}] must name at least one norm, each once")
+        if self.scores is not None and self.ranking is Ranking.random:
+            raise ConfigError(f"prune.ranking=random reads no scores; leave prune.scores={self.scores} out")
 
 
 def check_target(model: ModelConfig, config: PruneConfig) -> ModelConfig:

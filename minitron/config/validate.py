@@ -1,5 +1,6 @@
 """Rules that span several sections of a run. Each raises one error that says what to change."""
 
+from minitron.config.depth import check_depth
 from minitron.config.distill import TeacherSource
 from minitron.config.line import Ancestor, check_chain
 from minitron.config.parallel import ParallelConfig
@@ -23,6 +24,8 @@ def validate(run: RunConfig) -> None:
     if run.correction.enabled:
         check_train(settings_of(run, "correct"), run.parallel, seq_length=seq_length, who="correction")
     check_chain(run.chain)
+    for prune in [step.prune for step in run.chain] or [run.prune]:
+        check_depth(run.score, prune)
     for number, step in enumerate(run.chain):
         train = in_step(run, step).distill.train
         check_train(train, run.parallel, seq_length=seq_length, who=f"chain.{number} ({step.name})")

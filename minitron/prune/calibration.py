@@ -46,10 +46,12 @@ def score_model(
     (chunk,) = gpt
     collector = ImportanceCollector(
         chunk.get_submodule("decoder.layers").children(),
+        chunk.decoder.final_layernorm,
         model,
         seq_length=microbatches[0].tokens_BS.shape[1],
         aggregations=config.aggregations,
         head_norm=config.head_norm,
+        ffn_activation=config.ffn_activation,
     )
     was_training = gpt.training
     gpt.eval()

@@ -13,10 +13,11 @@ from torch.distributed import ProcessGroup
 from torch.utils.hooks import RemovableHandle
 
 from minitron.config.model import ModelConfig
-from minitron.config.score import Aggregation, HeadNorm, Reduction
+from minitron.config.score import Aggregation, FfnActivation, HeadNorm, Reduction
 from minitron.errors import DataError, PlatformError
 from minitron.models.axes import Axis, ScoreSite, score_sites_of
-from minitron.prune.scores import Floats, Scores, WidthScores
+from minitron.prune.depth_scores import Floats
+from minitron.prune.scores import Scores, WidthScores
 from minitron.prune.statistics import (
     SQUARES,
     TOTAL,
@@ -24,6 +25,9 @@ from minitron.prune.statistics import (
     reduce_batch,
     reduce_sequence,
 )
+
+BEFORE_ACTIVATION = "mlp.linear_fc1"
+"""Module in a layer whose output the ffn's activation function is applied to."""
 
 
 @dataclass(frozen=True)
@@ -34,15 +38,17 @@ class _Sums:
         width: By site and sequence reduction, ``[L, 2, width]``: sum, and sum of squares.
         samples: ``[L, number of sites]``: samples seen at each site.
         layer: ``[L, 2]``: sum of ``1 - cos`` over tokens, and tokens.
+        final: By sequence reduction, ``[2, H]`` of the final norm; empty where that is on another stage.
     """
 
     width: dict[tuple[int, Reduction], Tensor]
     samples: Tensor
     layer: Tensor
+    final: dict[Reduction, Tensor]
 
     def tensors(self) -> list[Tensor]:
         """All of them, in an order that every rank of a stage shares."""
-        return [*self.width.values(), self.samples, self.layer]
+        return [*self.width.values(), self.samples, self.layer, *self.final.values()]
 
 
 class ImportanceCollector:
@@ -51,7 +57,7 @@ class ImportanceCollector:
     The hooks are registered on entering and removed on leaving, however the block ends. Needs
     Megatron's local layer spec, and no sequence parallelism (the local norm refuses it as well).
 
-        with ImportanceCollector(gpt.decoder.layers, model, ...) as collector:
+        with ImportanceCollector(gpt.decoder.layers, gpt.decoder.final_layernorm, model, ...) as collector:
             for batch in batches:
                 collector.observe(weights_B)
                 forward(batch)
@@ -61,31 +67,37 @@ class ImportanceCollector:
     def __init__(
         self,
         layers: Iterable[nn.Module],
+        final_norm: nn.Module | None,
         model: ModelConfig,
         *,
         seq_length: int,
         aggregations: Sequence[Aggregation] = (Aggregation.l2_mean,),
         head_norm: HeadNorm = HeadNorm.token,
+        ffn_activation: FfnActivation = FfnActivation.after,
     ) -> None:
         """Prepare empty sums.
 
         Args:
             layers: This rank's ``TransformerLayer`` modules; ``layer_number`` counts from 1 over
                 the whole model.
+            final_norm: The norm after the last layer, where this rank has it.
             model: Architecture of the whole model.
             seq_length: Tokens of every calibration sequence.
             aggregations: What `reduce` is to compute.
             head_norm: Where the norm over a head's channels is taken.
+            ffn_activation: On which side of the activation function neurons are seen.
 
         Raises:
             PlatformError: A norm is fused into the linear after it, so its output cannot be seen.
         """
         self._layers = list(layers)
+        self._final_norm = final_norm
         self._model = model
         self._seq_length = seq_length
         self._aggregations = list(aggregations)
         self._seq_reductions = sorted({a.seq for a in aggregations}, key=lambda r: r.value)
         self._head_norm = head_norm
+        self._ffn_activation = ffn_activation
         self._sites = score_sites_of(model)
         self._weights_B: Tensor | None = None
         self._handles: list[RemovableHandle] = []
@@ -96,8 +108,13 @@ class ImportanceCollector:
         for index, layer in enumerate(self._layers):
             self._handles.append(layer.register_forward_hook(self._layer_hook(index), with_kwargs=True))
             for number, site in enumerate(self._sites):
-                module = layer.get_submodule(site.module)
+                name = site.module
+                if site.axis is Axis.ffn and self._ffn_activation is FfnActivation.before:
+                    name = BEFORE_ACTIVATION
+                module = layer.get_submodule(name)
                 self._handles.append(module.register_forward_hook(self._site_hook(index, number, site)))
+        if self._final_norm is not None:
+            self._handles.append(self._final_norm.register_forward_hook(self._final_hook))
         return self
 
     def __exit__(
@@ -146,9 +163,12 @@ class ImportanceCollector:
         if dp_group is not None:
             _all_reduce(self._sums.tensors(), dp_group)
         stage = {_number(layer): self._layer_sums(index, tp_group) for index, layer in enumerate(self._layers)}
+        if self._final_norm is not None:
+            stage[self._model.num_layers] = self._final_sums(tp_group)
         layers = _gather_layers(stage, pp_group)
+        final = layers.pop(self._model.num_layers)
         assert sorted(layers) == list(range(self._model.num_layers)), sorted(layers)
-        return self._finish([layers[number] for number in sorted(layers)], source_id)
+        return self._finish([layers[number] for number in sorted(layers)], final, source_id)
 
     def _empty_sums(self) -> _Sums:
         """Zeros of this stage's shapes, known from the weights, so that no rank lacks one."""
@@ -167,27 +187,45 @@ class ImportanceCollector:
             width=width,
             samples=torch.zeros(depth, len(self._sites), dtype=torch.float64, device=device),
             layer=torch.zeros(depth, 2, dtype=torch.float64, device=device),
+            final={
+                reduction: torch.zeros(2, self._model.hidden_size, dtype=torch.float64, device=device)
+                for reduction in (self._seq_reductions if self._final_norm is not None else [])
+            },
         )
 
     def _site_hook(self, index: int, number: int, site: ScoreSite) -> Any:
         """Hook that adds one activation to the sums of layer ``index``."""
+        per_head = None
+        if site.axis is Axis.head and self._head_norm is HeadNorm.token:
+            per_head = self._model.kv_channels
+        before = site.axis is Axis.ffn and self._ffn_activation is FfnActivation.before
+        width = _weight(self._layers[index], site).shape[-1]
 
         @torch.no_grad()
         def hook(_module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-            seen = args[0] if site.sees == "input" else output
-            activation_SBX: Tensor = seen[0] if isinstance(seen, tuple) else seen
-            weights_B = self._check(activation_SBX)
-            per_head = None
-            if site.axis is Axis.head and self._head_norm is HeadNorm.token:
-                per_head = self._model.kv_channels
-            reduced = reduce_sequence(activation_SBX, self._seq_reductions, per_head=per_head)
-            for reduction, value_BX in reduced.items():
-                sums = self._sums.width[number, reduction][index]
-                sums[TOTAL] += weights_B @ value_BX
-                sums[SQUARES] += weights_B @ value_BX.square()
-            self._sums.samples[index, number] += weights_B.sum()
+            if before:
+                activation_SBX = _first_linear(output, width)
+            else:
+                seen = args[0] if site.sees == "input" else output
+                activation_SBX = seen[0] if isinstance(seen, tuple) else seen
+            sums = {reduction: self._sums.width[number, reduction][index] for reduction in self._seq_reductions}
+            self._sums.samples[index, number] += self._add(sums, activation_SBX, per_head)
 
         return hook
+
+    @torch.no_grad()
+    def _final_hook(self, _module: nn.Module, _args: tuple[Any, ...], output: Any) -> None:
+        """Hook that adds the final norm's output to its sums."""
+        self._add(self._sums.final, output[0] if isinstance(output, tuple) else output, None)
+
+    def _add(self, sums: Mapping[Reduction, Tensor], activation_SBX: Tensor, per_head: int | None) -> Tensor:
+        """Add an activation's reductions to their sums; gives the number of its samples."""
+        weights_B = self._check(activation_SBX)
+        reduced = reduce_sequence(activation_SBX, self._seq_reductions, per_head=per_head)
+        for reduction, value_BX in reduced.items():
+            sums[reduction][TOTAL] += weights_B @ value_BX
+            sums[reduction][SQUARES] += weights_B @ value_BX.square()
+        return weights_B.sum()
 
     def _layer_hook(self, index: int) -> Any:
         """Hook that adds one layer's ``1 - cos(input, output)`` to its sum."""
@@ -231,7 +269,15 @@ class ImportanceCollector:
             sums[_name(number, reduction)] = full.cpu().numpy()
         return sums
 
-    def _finish(self, layers: Sequence[Mapping[str, Floats]], source_id: str) -> Scores:
+    def _final_sums(self, tp_group: ProcessGroup | None) -> dict[str, Floats]:
+        """The final norm's sums, as arrays."""
+        sums = {}
+        for reduction, tensor in self._sums.final.items():
+            whole = tensor if tp_group is None else _join(tensor, tp_group, replicated=True)
+            sums[reduction.value] = whole.cpu().numpy()
+        return sums
+
+    def _finish(self, layers: Sequence[Mapping[str, Floats]], final: Mapping[str, Floats], source_id: str) -> Scores:
         """Scores from the sums of all layers."""
         samples = np.stack([layer["samples"] for layer in layers])
         count = int(samples.flat[0])
@@ -245,14 +291,19 @@ class ImportanceCollector:
             num_samples=count,
             seq_length=self._seq_length,
             head_norm=self._head_norm,
-            width={a: self._width_scores(layers, a, count) for a in self._aggregations},
+            ffn_activation=self._ffn_activation,
+            width={a: self._width_scores(layers, final, a, count) for a in self._aggregations},
             layer=distance[:, 0] / distance[:, 1],
         )
         scores.validate()
         return scores
 
     def _width_scores(
-        self, layers: Sequence[Mapping[str, Floats]], aggregation: Aggregation, count: int
+        self,
+        layers: Sequence[Mapping[str, Floats]],
+        final: Mapping[str, Floats],
+        aggregation: Aggregation,
+        count: int,
     ) -> WidthScores:
         """The three width axes under one aggregation."""
         rows: dict[Axis, list[Floats]] = {Axis.ffn: [], Axis.head: [], Axis.hidden: []}
@@ -267,6 +318,7 @@ class ImportanceCollector:
             ffn=np.stack(rows[Axis.ffn]),
             head=np.stack(rows[Axis.head]),
             hidden=np.stack(rows[Axis.hidden]),
+            final=reduce_batch(final[aggregation.seq.value], count, aggregation.batch),
         )
 
 
@@ -290,6 +342,15 @@ def _weight(layer: nn.Module, site: ScoreSite) -> Tensor:
             "fuses it into the next linear; build the model with local_spec=True to score it"
         )
     return weight
+
+
+def _first_linear(output: tuple[Tensor, Tensor | None] | Tensor, width: int) -> Tensor:
+    """What the activation function is applied to: the first ``width`` channels of the ffn's first linear.
+
+    Of a gated ffn that is the gate's half. Megatron's linears leave their bias to be added by the caller.
+    """
+    values, bias = output if isinstance(output, tuple) else (output, None)
+    return values[..., :width] if bias is None else values[..., :width] + bias[:width]
 
 
 def _all_reduce(tensors: Sequence[Tensor], group: ProcessGroup) -> None:

@@ -1,24 +1,22 @@
 """From scores and a target shape to the units that are kept. Pure, no torch."""
 
-from collections.abc import Sequence
-
 import numpy as np
 
 from minitron.config.model import ModelConfig
-from minitron.config.prune import PruneConfig, Ranking, check_target
+from minitron.config.prune import DepthSelection, PruneConfig, Ranking, check_target
 from minitron.errors import PruneError
-from minitron.prune.scores import Floats, Scores, random_scores
+from minitron.prune.depth_scores import Floats
+from minitron.prune.scores import Scores, random_scores
 from minitron.prune.spec import PruneSpec
 
 
 def choose(source: ModelConfig, config: PruneConfig, *, scores: Scores | None, source_id: str) -> PruneSpec:
     """Choose what a pruned model keeps.
 
-    Channels: the scores of a channel are summed over all norms of the source (dropped layers
-    included, as in paper 1) and ranked once for the whole network, because the residual stream
+    Channels: the scores of a channel are summed over the norms of the source that ``prune.hidden_norms`` names
+    (dropped layers included, as in paper 1) and ranked once for the whole network, because the residual stream
     shares them. Neurons and heads: ranked layer by layer, the same count in each. Heads are ranked
-    inside their query group. Layers: those of lowest block importance go. Among equal scores the
-    lower number is kept.
+    inside their query group. Layers: see `kept_layers`. Among equal scores the lower number is kept.
 
     Args:
         source: The model to prune.
@@ -27,7 +25,7 @@ def choose(source: ModelConfig, config: PruneConfig, *, scores: Scores | None, s
         source_id: Identity of the source weights.
 
     Raises:
-        PruneError: The target does not fit, or the scores are missing or of other weights.
+        PruneError: The target does not fit, or the scores are missing, of other weights, or not all that it needs.
     """
     target = check_target(source, config)
     if config.ranking is Ranking.random:
@@ -39,15 +37,29 @@ def choose(source: ModelConfig, config: PruneConfig, *, scores: Scores | None, s
         )
     else:
         _check_scores(scores, source, source_id)
+    return choose_for(target, config, scores=scores, source_id=source_id)
+
+
+def choose_for(target: ModelConfig, config: PruneConfig, *, scores: Scores, source_id: str) -> PruneSpec:
+    """`choose` for a shape that is worked out already, from scores that are checked already.
+
+    Args:
+        target: The pruned model.
+        config: The ranking; its sizes are not read.
+        scores: Scores of the source, or random ones.
+        source_id: Identity of the source weights.
+    """
+    source = scores.model
     width = scores.for_aggregation(config.aggregation)
-    layers = kept_layers(scores.layer, target.num_layers, config.drop_layers)
+    layers = kept_layers(scores, target.num_layers, config)
     attention = [kept_heads(width.head[layer], source, target) for layer in layers]
+    channels = scores.channels(config.aggregation, config.hidden_norms)
     spec = PruneSpec(
         source=source,
         target=target,
         source_id=source_id,
         layers=layers,
-        hidden=top_units(width.hidden.sum(axis=0), target.hidden_size),
+        hidden=top_units(channels, target.hidden_size),
         ffn=[top_units(width.ffn[layer], target.ffn_hidden_size) for layer in layers],
         heads=[heads for heads, _ in attention],
         groups=[groups for _, groups in attention],
@@ -62,11 +74,35 @@ def top_units(scores: Floats, count: int) -> list[int]:
     return [int(unit) for unit in np.sort(order[:count])]
 
 
-def kept_layers(scores: Floats, count: int, drop_layers: Sequence[int] | None) -> list[int]:
-    """The layers that stay: all but ``drop_layers``, or else the ``count`` of highest score."""
-    if drop_layers is not None:
-        return [layer for layer in range(len(scores)) if layer not in drop_layers]
-    return top_units(scores, count)
+def kept_layers(scores: Scores, count: int, config: PruneConfig) -> list[int]:
+    """The layers that stay: all but ``prune.drop_layers``, or else those that ``prune.depth_metric`` leaves.
+
+    Args:
+        scores: Scores of the source.
+        count: How many stay.
+        config: The metric and the selection.
+
+    Raises:
+        PruneError: The scores lack what the metric needs.
+    """
+    num_layers = scores.model.num_layers
+    if config.drop_layers is not None:
+        return [layer for layer in range(num_layers) if layer not in config.drop_layers]
+    cut = num_layers - count
+    if cut == 0:
+        return list(range(num_layers))
+    size = cut if config.depth_selection is DepthSelection.contiguous else 1
+    if config.ranking is Ranking.random:  # of a block: the sum of its layers' random scores
+        sums = np.convolve(scores.layer, np.ones(size), mode="valid")
+    elif config.depth_selection is DepthSelection.iterative:
+        gone = scores.depth.first_removed(config.depth_metric, cut)
+        return [layer for layer in range(num_layers) if layer not in gone]
+    else:
+        sums = scores.blocks(config.depth_metric, size)
+    if size == 1:
+        return top_units(sums, count)
+    first = len(sums) - 1 - int(np.argmin(sums[::-1]))  # of equal blocks the later one goes
+    return [layer for layer in range(num_layers) if not first <= layer < first + size]
 
 
 def kept_heads(scores: Floats, source: ModelConfig, target: ModelConfig) -> tuple[list[int], list[int]]:

@@ -1,22 +1,35 @@
 """The score and prune stages."""
 
+import shutil
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-from minitron.checkpoint.folder import read_model_config
-from minitron.config.prune import Ranking
-from minitron.data.loader import calibration_batches
+import torch
+from transformers import AutoTokenizer
+
+from minitron.checkpoint.folder import read_model_config, side_dir
+from minitron.config.depth import depth_plan
+from minitron.config.model import ModelConfig
+from minitron.config.prune import Ranking, check_target
+from minitron.config.score import DepthMetric
+from minitron.data.loader import FixedBatches, calibration_batches
 from minitron.models.load import load_gpt
 from minitron.prune.calibration import score_model
-from minitron.prune.ranking import choose
+from minitron.prune.depth import measure_depth
+from minitron.prune.questions import QuestionSheet, question_sheet, read_questions
+from minitron.prune.ranking import choose, choose_for
+from minitron.prune.rounds import score_in_rounds
 from minitron.prune.scores import Scores
 from minitron.prune.slicer import apply_spec
+from minitron.prune.spec import PruneSpec, write_units
 from minitron.runtime.session import Session
 
 SPEC_FILE = "prune_spec.json"
+_ROUNDS = "rounds"
 
 
 def score(session: Session, *, model: Path, source_id: str, data: Path, out: Path) -> dict[str, int]:
-    """One forward-only calibration pass; every aggregation asked for is saved, so another target needs no new pass.
+    """Calibration passes, forward only; every aggregation asked for is saved, so another target needs no new pass.
 
     Args:
         session: The running job.
@@ -26,34 +39,114 @@ def score(session: Session, *, model: Path, source_id: str, data: Path, out: Pat
         out: The stage's working folder.
     """
     with session.context_as_data() as whole:  # hooks see whole sequences
-        scores = _scores(whole, model=model, source_id=source_id, data=data)
+        stage = _ScoreStage(whole, source_id, data)
+        if session.config.score.rounds == 1:
+            scores = stage.score(model, depth=True)
+        else:
+            scores = _in_rounds(stage, model, out / _ROUNDS)
     if session.is_main:
         scores.save(out)
     return {"samples": scores.num_samples, "tokens": scores.num_samples * scores.seq_length}
 
 
-def _scores(session: Session, *, model: Path, source_id: str, data: Path) -> Scores:
-    config, groups = session.config, session.groups
-    gpt, architecture = load_gpt(model, session, local_spec=True)
-    batches = calibration_batches(
-        data,
-        num_samples=config.score.num_samples,
-        seq_length=config.data.seq_length,
-        micro_batch_size=config.score.micro_batch_size,
-        dp_rank=groups.dp_rank,
-        dp_size=groups.dp.size(),
-        seed=config.seed,
-    )
-    with session.progress("score") as progress:
-        return score_model(
-            gpt,
-            batches,
-            model=architecture,
-            config=config.score,
-            groups=groups,
-            source_id=source_id,
-            on_progress=progress.update,
+@dataclass(frozen=True)
+class _ScoreStage:
+    """What every pass of a score stage has in common."""
+
+    session: Session
+    source_id: str
+    data: Path
+
+    def score(self, folder: Path, *, depth: bool) -> Scores:
+        """Score one checkpoint folder.
+
+        Args:
+            folder: The model.
+            depth: Whether to measure what ``score.depth`` and ``prune`` ask for as well.
+        """
+        session = self.session
+        config, groups = session.config.score, session.groups
+        gpt, architecture = load_gpt(folder, session, local_spec=True)
+        with session.progress("score") as progress:
+            scores = score_model(
+                gpt,
+                self._calibration(config.num_samples),
+                model=architecture,
+                config=config,
+                groups=groups,
+                source_id=self.source_id,
+                on_progress=progress.update,
+            )
+        plan = depth_plan(config, session.config.prune, architecture.num_layers)
+        if not (depth and plan.asks):
+            return scores
+        with session.progress("score depth") as progress:
+            measured = measure_depth(
+                gpt,
+                self._calibration(config.depth.num_samples) if plan.on_text else [],
+                plan,
+                model=architecture,
+                groups=groups,
+                questions=self._questions(folder, architecture) if DepthMetric.accuracy in plan.asks else None,
+                on_progress=progress.update,
+            )
+        return replace(scores, depth=measured)
+
+    def _calibration(self, num_samples: int) -> FixedBatches:
+        config, groups = self.session.config, self.session.groups
+        return calibration_batches(
+            self.data,
+            num_samples=num_samples,
+            seq_length=config.score.seq_length or config.data.seq_length,
+            micro_batch_size=config.score.micro_batch_size,
+            dp_rank=groups.dp_rank,
+            dp_size=groups.dp.size(),
+            seed=config.seed,
         )
+
+    def _questions(self, folder: Path, model: ModelConfig) -> QuestionSheet:
+        config, groups = self.session.config.score, self.session.groups
+        assert config.depth.questions is not None, "checked when composed"
+        tokenizer = AutoTokenizer.from_pretrained(str(side_dir(folder)), local_files_only=True)
+        return question_sheet(
+            read_questions(Path(config.depth.questions)),
+            lambda text: tokenizer.encode(text, add_special_tokens=False),
+            micro_batch_size=config.micro_batch_size,
+            max_length=model.max_position_embeddings,
+            dp_rank=groups.dp_rank,
+            dp_size=groups.dp.size(),
+        )
+
+
+def _in_rounds(stage: _ScoreStage, model: Path, scratch: Path) -> Scores:
+    """Score in ``score.rounds`` rounds; the models in between lie in a folder that is removed."""
+    session = stage.session
+    config, groups = session.config, session.groups
+    source = read_model_config(model)
+    ranking = replace(config.prune, num_layers=None, drop_layers=None)
+
+    def folder(done: int) -> Path:
+        return scratch / str(done) if done else model
+
+    def cut(done: int, scores: Scores, shape: ModelConfig) -> PruneSpec:
+        spec = choose_for(shape, ranking, scores=scores, source_id=stage.source_id)
+        rank, size = groups.world_rank, groups.world_size
+        apply_spec(spec, source=folder(done - 1), out=folder(done), rank=rank, world_size=size)
+        torch.distributed.barrier()
+        return spec
+
+    scores = score_in_rounds(
+        source,
+        check_target(source, config.prune),
+        rounds=config.score.rounds,
+        multiple_of=groups.tp.size(),
+        score=lambda done: stage.score(folder(done), depth=done == 0),
+        cut=cut,
+    )
+    torch.distributed.barrier()
+    if session.is_main:
+        shutil.rmtree(scratch)
+    return scores
 
 
 def prune(session: Session, *, model: Path, source_id: str, scores: Path | None, out: Path) -> dict[str, object]:
@@ -82,8 +175,10 @@ def prune(session: Session, *, model: Path, source_id: str, scores: Path | None,
             on_progress=progress.update,
         )
     target = spec.target
+    dropped = [layer for layer in range(spec.source.num_layers) if layer not in spec.layers]
     return {
         "layers": f"{spec.source.num_layers} -> {target.num_layers}",
+        "dropped_layers": write_units(dropped),
         "hidden": f"{spec.source.hidden_size} -> {target.hidden_size}",
         "ffn": f"{spec.source.ffn_hidden_size} -> {target.ffn_hidden_size}",
         "heads": f"{spec.source.num_attention_heads} -> {target.num_attention_heads}",

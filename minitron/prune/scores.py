@@ -1,24 +1,27 @@
 """Importance scores of one model: what the calibration pass leaves and pruning reads."""
 
+import hashlib
 import json
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
-from numpy.typing import NDArray
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
 from minitron.config.model import ModelConfig
-from minitron.config.score import Aggregation, HeadNorm
+from minitron.config.prune import HiddenNorm
+from minitron.config.score import Aggregation, DepthMetric, FfnActivation, HeadNorm
 from minitron.errors import ArtefactError, NumericsError, PruneError
 from minitron.models.axes import Axis, score_sites_of
-
-Floats = NDArray[np.float64]
+from minitron.prune.depth_scores import DepthScores, Floats
 
 ARRAYS_FILE = "scores.safetensors"
 ABOUT_FILE = "scores.json"
+WIDTH_AXES = ("ffn", "head", "hidden", "final")
+"""Arrays of one aggregation."""
 
 
 @dataclass(kw_only=True)
@@ -28,14 +31,16 @@ class WidthScores:
     Attributes:
         ffn: ``[L, F]``, per layer and neuron.
         head: ``[L, N]``, per layer and query head.
-        hidden: ``[M, H]``, per norm and channel, the norms in network order (Llama: two per layer,
-            so row ``2 * layer`` is the input norm). Kept per norm, for how to sum them is a
+        hidden: ``[M, H]``, per norm of a layer and channel, the norms in network order (Llama: two per
+            layer, so row ``2 * layer`` is the input norm). Kept per norm, for how to sum them is a
             decision of the ranking.
+        final: ``[H]``, of the final norm.
     """
 
     ffn: Floats
     head: Floats
     hidden: Floats
+    final: Floats
 
 
 @dataclass(kw_only=True)
@@ -48,9 +53,11 @@ class Scores:
         num_samples: Calibration sequences seen.
         seq_length: Tokens in each.
         head_norm: Where the norm over a head's channels was taken.
+        ffn_activation: On which side of the activation function neurons were seen.
         width: Scores by aggregation.
         layer: ``[L]``, block importance ``1 - E[cos(layer input, layer output)]`` over all tokens
             (paper 1, section 2.2); higher is more important.
+        depth: What was measured by taking layers out.
     """
 
     model: ModelConfig
@@ -60,6 +67,8 @@ class Scores:
     head_norm: HeadNorm
     width: dict[Aggregation, WidthScores]
     layer: Floats
+    ffn_activation: FfnActivation = FfnActivation.after
+    depth: DepthScores = field(default_factory=DepthScores)
 
     def validate(self) -> None:
         """Check shapes and values.
@@ -69,8 +78,9 @@ class Scores:
             NumericsError: A score is not finite.
         """
         shapes = _shapes(self.model)
+        depth = self.depth.shapes(self.model.num_layers)
         for name, array in self._arrays().items():
-            want = shapes[name.split(".")[-1]]
+            want = depth[name] if name in depth else shapes[name.split(".")[-1]]
             if array.shape != want:
                 raise PruneError(
                     f"scores: {name} has shape {array.shape}, but the model needs {want}; score this model again"
@@ -96,6 +106,38 @@ class Scores:
             )
         return self.width[aggregation]
 
+    def channels(self, aggregation: Aggregation, norms: Sequence[HiddenNorm]) -> Floats:
+        """``[H]``: the scores of the residual stream's channels, summed over norms.
+
+        Args:
+            aggregation: Which of the saved aggregations.
+            norms: Which norms: those of all layers by their names, and the final one.
+
+        Raises:
+            PruneError: The pass did not save the aggregation, or the model has no such norm.
+        """
+        width = self.for_aggregation(aggregation)
+        names = [site.module for site in score_sites_of(self.model) if site.axis is Axis.hidden]
+        lacking = [norm.name for norm in norms if norm not in (*names, HiddenNorm.final)]
+        if lacking:
+            have = ", ".join(norm.name for norm in HiddenNorm if norm in (*names, HiddenNorm.final))
+            raise PruneError(
+                f"prune.hidden_norms names {', '.join(lacking)}, which this model's layers do not have; choose from {have}"
+            )
+        chosen = [name in norms for name in names] * self.model.num_layers
+        total: Floats = width.hidden[np.array(chosen)].sum(axis=0)
+        return total + width.final if HiddenNorm.final in norms else total
+
+    def blocks(self, metric: DepthMetric, size: int) -> Floats:
+        """``[L - size + 1]``: the scores of all blocks of contiguous layers of a size.
+
+        Raises:
+            PruneError: They were not measured.
+        """
+        if metric is DepthMetric.block_importance and size == 1:
+            return self.layer
+        return self.depth.block(metric, size)
+
     def save(self, folder: Path) -> None:
         """Write ``scores.safetensors`` (arrays) and ``scores.json`` (the rest) into a folder."""
         self.validate()
@@ -106,6 +148,8 @@ class Scores:
             "num_samples": self.num_samples,
             "seq_length": self.seq_length,
             "head_norm": self.head_norm.value,
+            "ffn_activation": self.ffn_activation.value,
+            "depth": self.depth.about(),
             "aggregations": [a.value for a in self.width],
         }
         save_file(
@@ -131,10 +175,10 @@ class Scores:
                 num_samples=about["num_samples"],
                 seq_length=about["seq_length"],
                 head_norm=HeadNorm(about["head_norm"]),
+                ffn_activation=FfnActivation(about["ffn_activation"]),
+                depth=DepthScores.of(about["depth"], arrays),
                 width={
-                    Aggregation(name): WidthScores(
-                        **{axis: arrays[f"{name}.{axis}"] for axis in ("ffn", "head", "hidden")}
-                    )
+                    Aggregation(name): WidthScores(**{axis: arrays[f"{name}.{axis}"] for axis in WIDTH_AXES})
                     for name in about["aggregations"]
                 },
                 layer=arrays["layer"],
@@ -148,26 +192,43 @@ class Scores:
 
     def _arrays(self) -> dict[str, Floats]:
         """Every array under its name in the file."""
-        arrays = {"layer": self.layer}
+        arrays = {"layer": self.layer, **self.depth.arrays()}
         for aggregation, width in self.width.items():
-            for axis in ("ffn", "head", "hidden"):
+            for axis in WIDTH_AXES:
                 arrays[f"{aggregation.value}.{axis}"] = getattr(width, axis)
         return arrays
+
+
+def scores_fingerprint(folder: Path) -> str:
+    """SHA-256 of the scores in a folder.
+
+    Raises:
+        ArtefactError: There are none.
+    """
+    digest = hashlib.sha256()
+    try:
+        for name in (ABOUT_FILE, ARRAYS_FILE):
+            digest.update((folder / name).read_bytes())
+    except OSError as error:
+        raise ArtefactError(
+            f"prune.scores={folder} holds no scores ({error.strerror}: {error.filename}); give the score folder of "
+            "another run, such as runs/other/score"
+        ) from error
+    return digest.hexdigest()
 
 
 def random_scores(model: ModelConfig, aggregation: Aggregation, seed: int) -> Scores:
     """Scores drawn at random, for the ablation that prunes at random (paper 2, Figure 6)."""
     rng = np.random.default_rng(seed)
-    shapes = _shapes(model)
-    width = WidthScores(**{axis: rng.random(shapes[axis]) for axis in ("ffn", "head", "hidden")})
+    drawn = {name: rng.random(shape) for name, shape in _shapes(model).items()}
     return Scores(
         model=model,
         source_id="random",
         num_samples=0,
         seq_length=0,
         head_norm=HeadNorm.token,
-        width={aggregation: width},
-        layer=rng.random(shapes["layer"]),
+        width={aggregation: WidthScores(**{axis: drawn[axis] for axis in WIDTH_AXES})},
+        layer=drawn["layer"],
     )
 
 
@@ -175,8 +236,9 @@ def _shapes(model: ModelConfig) -> dict[str, tuple[int, ...]]:
     """Shape of each kind of array."""
     norms = sum(site.axis is Axis.hidden for site in score_sites_of(model))
     return {
-        "layer": (model.num_layers,),
         "ffn": (model.num_layers, model.ffn_hidden_size),
         "head": (model.num_layers, model.num_attention_heads),
         "hidden": (model.num_layers * norms, model.hidden_size),
+        "layer": (model.num_layers,),
+        "final": (model.hidden_size,),
     }

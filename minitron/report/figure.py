@@ -6,6 +6,7 @@ No pyplot: every plot is a `Figure` of its own, so nothing is left open and no d
 import io
 
 from matplotlib.axes import Axes
+from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, MaxNLocator
 
@@ -16,6 +17,7 @@ DPI = 200  # 1800 px wide: sharp when shown at 900 px on a dense screen
 BLUE, ORANGE, GREEN, RED = "#0072B2", "#E69F00", "#009E73", "#D55E00"
 INK, GREY, PALE = "#222222", "#777777", "#D9D9D9"
 KEPT, DROPPED = BLUE, RED
+PALE_TO_BLUE = LinearSegmentedColormap.from_list("pale_to_blue", ["#F4F7FA", "#9CC5E3", "#0072B2", "#06304D"])
 
 
 def new_figure(height_in: float, title: str) -> Figure:

@@ -4,7 +4,6 @@ from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
@@ -16,7 +15,6 @@ Floats = NDArray[np.float64]
 
 _BANDS = ((5, 95, 0.25), (25, 75, 0.5))  # low and high percentile, opacity
 _LOG_RANGE = 50.0
-_PALE_TO_BLUE = LinearSegmentedColormap.from_list("pale_to_blue", ["#F4F7FA", "#9CC5E3", "#0072B2", "#06304D"])
 
 
 def layer_importance(scores_L: Floats, kept: Kept) -> Figure:
@@ -89,7 +87,7 @@ def head_importance(scores_LN: Floats, kept: Kept) -> Figure:
     axes = figure.subplots()
     highest = scores_LN.max(axis=1, keepdims=True)
     relative = np.divide(scores_LN, highest, out=np.zeros_like(scores_LN), where=highest > 0)
-    image = axes.imshow(relative.T, aspect="auto", cmap=_PALE_TO_BLUE, vmin=0, vmax=1, interpolation="nearest")
+    image = axes.imshow(relative.T, aspect="auto", cmap=look.PALE_TO_BLUE, vmin=0, vmax=1, interpolation="nearest")
     if num_kept < num_heads:
         spots = [(layer, head) for layer, heads in zip(kept.layers, kept.heads, strict=True) for head in heads]
         radius = float(np.clip(200 / max(num_layers, 2.0 * num_heads), 1.5, 5))

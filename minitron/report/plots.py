@@ -12,6 +12,7 @@ from minitron.report.collect import Kept
 from minitron.report.data import ReportData, Role, TrainingCurve
 from minitron.report.format import duration, nats
 from minitron.report.importance import ffn_importance, head_importance, hidden_importance, layer_importance
+from minitron.report.scores import depth_curves
 
 _MOST_MARKERS = 60
 _TIME_UNITS = (("h", 3600), ("min", 60), ("s", 1))
@@ -23,7 +24,8 @@ def all_figures(data: ReportData, kept: Kept, importance: Mapping[str, NDArray[n
     Args:
         data: The numbers.
         kept: What pruning kept.
-        importance: Scores of the source: ``layer`` [L], ``hidden`` [H], ``ffn`` [L, F], ``head`` [L, N].
+        importance: Scores of the source: ``layer`` [L], ``hidden`` [H], ``ffn`` [L, F], ``head`` [L, N], and what
+            else `minitron.report.scores` draws of them.
     """
     figures = {"losses": loss_curves(data)}
     for axis, draw in (
@@ -34,6 +36,8 @@ def all_figures(data: ReportData, kept: Kept, importance: Mapping[str, NDArray[n
     ):
         if axis in importance:
             figures[f"importance_{axis}"] = draw(np.asarray(importance[axis], dtype=np.float64), kept)
+    if any(" " in name for name in importance):  # measured by taking layers out
+        figures["importance_depth"] = depth_curves(importance)
     figures["stages"] = stage_times(data)
     return figures
 
@@ -99,6 +103,8 @@ def captions(data: ReportData) -> dict[str, str]:
         "losses": _loss_caption(data),
         "importance_layer": "Block Importance of each layer, 1 - cos(input, output): how much it turns the residual "
         "stream. Low values make a layer a candidate for dropping.",
+        "importance_depth": "Every depth metric that was measured, over the layers; higher is more important. A block "
+        "of contiguous layers stands at its first.",
         "importance_hidden": f"Scores of the {sizes.source.hidden_size} channels of the residual stream, sorted. One "
         f"choice holds for the whole network, so that residual connections line up.",
         "importance_ffn": f"Spread of the scores of each layer's {sizes.source.ffn_hidden_size} ffn neurons. "

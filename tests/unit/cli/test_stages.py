@@ -10,11 +10,14 @@ from minitron.cli.job import wanted_stages
 from minitron.cli.stages import stages_of
 from minitron.config.compose import compose_run
 from minitron.config.run import RunConfig
+from minitron.config.score import Aggregation
 from minitron.config.teacher_logits import TeacherLogitsConfig
 from minitron.config.trainings import ABLATION
 from minitron.distill.cache_format import CacheIdentity, write_identity
 from minitron.errors import ArtefactError, ConfigError
+from minitron.models.random_source import random_model
 from minitron.pipeline import plan_stages
+from minitron.prune.scores import random_scores
 from minitron.runtime.artefact import RunFolder
 from tests.helpers.line import LINE
 
@@ -23,6 +26,9 @@ from tests.helpers.line import LINE
 def base(tmp_path: Path) -> list[str]:
     (tmp_path / "text.txt").write_text("Some text.\n" * 50)
     return ["experiment=tiny", f"runs_dir={tmp_path}", "data=files", f"data.paths=[{tmp_path / 'text.txt'}]"]
+
+
+AFTER_SCORE = "score prune eval_pruned distill eval_distilled baseline eval_baseline export report"
 
 
 def _digests(config: RunConfig, wanted: list[str] = LINE) -> dict[str, str]:
@@ -50,6 +56,15 @@ def _digests(config: RunConfig, wanted: list[str] = LINE) -> dict[str, str]:
         ("distill.intermediate.relation_heads=4", ""),
         ("distill.intermediate.embedding=true", "distill eval_distilled export report"),
         ("score.micro_batch_size=1", ""),
+        ("score.depth.num_samples=8", ""),  # nothing is measured by taking layers out
+        ("score.depth.questions=nowhere", ""),
+        ("score.depth.metrics=[loss]", AFTER_SCORE),
+        ("score.seq_length=16", AFTER_SCORE),
+        ("score.ffn_activation=before", AFTER_SCORE),
+        ("score.rounds=2", AFTER_SCORE),
+        ("prune.depth_metric=loss", AFTER_SCORE),  # so it must be measured
+        ("prune.depth_selection=contiguous", AFTER_SCORE),
+        ("prune.hidden_norms=[input]", AFTER_SCORE.removeprefix("score ")),
         ("eval.micro_batch_size=1", ""),
         ("data.num_workers=2", ""),
         ("tracking.tensorboard=true", ""),
@@ -59,10 +74,7 @@ def _digests(config: RunConfig, wanted: list[str] = LINE) -> dict[str, str]:
             "prune eval_pruned distill eval_distilled baseline eval_baseline export report",
         ),
         ("distill.train.lr=2e-3", "distill eval_distilled baseline eval_baseline export report"),
-        (
-            "score.num_samples=8",
-            "score prune eval_pruned distill eval_distilled baseline eval_baseline export report",
-        ),
+        ("score.num_samples=8", AFTER_SCORE),
         ("source.random.seed=1", " ".join(LINE)),
         ("data.heldout_fraction=0.1", " ".join(stage for stage in LINE if stage != "import")),
     ],
@@ -89,6 +101,49 @@ def test_settings_of_a_loss_count_where_it_is_used(base: list[str], given: str, 
     before, after = (_digests(compose_run([*base, given, *more])) for more in ([], [override]))
     changed = [stage for stage in LINE if before[stage] != after[stage]]
     assert changed == (["distill", "eval_distilled", "export", "report"] if counts else [])
+
+
+def test_the_target_counts_for_scores_that_are_made_for_it(base: list[str]) -> None:
+    def changed(*overrides: str) -> list[str]:
+        before, after = (_digests(compose_run([*base, *overrides, f"prune.num_layers={n}"])) for n in (3, 2))
+        return [stage for stage in LINE if before[stage] != after[stage]]
+
+    assert changed() == changed("prune.depth_metric=loss") == AFTER_SCORE.split()[1:]
+    assert changed("score.rounds=2") == AFTER_SCORE.split()
+    assert changed("prune.depth_selection=contiguous") == AFTER_SCORE.split()
+    assert changed("prune.depth_metric=loss", "prune.depth_selection=iterative") == AFTER_SCORE.split()
+
+
+def test_scores_of_another_run_take_the_place_of_the_score_stage(base: list[str], tmp_path: Path) -> None:
+    model = random_model(compose_run(base).source.random)
+    overrides = [*base, f"prune.scores={tmp_path / 'scores'}"]
+    with pytest.raises(ArtefactError, match=r"prune.scores=.*/scores holds no scores"):
+        _digests(compose_run(overrides), ["prune"])
+    random_scores(model, Aggregation.l2_mean, 0).save(tmp_path / "scores")
+    config = compose_run(overrides)
+    wanted = wanted_stages("compress", config)
+    assert wanted == [stage for stage in LINE if stage != "score"]
+    before = _digests(config, wanted)
+    with pytest.raises(ConfigError, match=r"minitron score has nothing to score: prune.scores="):
+        wanted_stages("score", config)
+    shutil.copytree(tmp_path / "scores", tmp_path / "moved")
+    moved = compose_run([*base, f"prune.scores={tmp_path / 'moved'}"])
+    assert _digests(moved, wanted) == before
+    random_scores(model, Aggregation.l2_mean, 1).save(tmp_path / "scores")
+    after = _digests(config, wanted)
+    assert [stage for stage in wanted if before[stage] != after[stage]] == AFTER_SCORE.split()[1:]
+
+
+def test_questions_count_by_their_content(base: list[str], tmp_path: Path) -> None:
+    file = tmp_path / "questions.jsonl"
+    overrides = [*base, "prune.depth_metric=accuracy", f"score.depth.questions={file}"]
+    with pytest.raises(ConfigError, match=r"score.depth.questions=.* cannot be read: No such file"):
+        _digests(compose_run(overrides))
+    digests = []
+    for text in ("a", "b"):
+        file.write_text(text)
+        digests.append(_digests(compose_run(overrides))["score"])
+    assert digests[0] != digests[1]
 
 
 CACHED = [*LINE[: LINE.index("distill")], "teacher_logits", *LINE[LINE.index("distill") :]]

@@ -1,9 +1,10 @@
 import pytest
 from omegaconf import OmegaConf
 
+from minitron.config.depth import DepthPlan, check_depth, depth_plan, depth_values
 from minitron.config.model import Architecture
-from minitron.config.prune import PruneConfig, Ranking, check_target
-from minitron.config.score import Aggregation, HeadNorm, Reduction, ScoreConfig
+from minitron.config.prune import DepthSelection, HiddenNorm, PruneConfig, Ranking, check_target
+from minitron.config.score import Aggregation, DepthMetric, DepthScoreConfig, HeadNorm, Reduction, ScoreConfig
 from minitron.errors import ConfigError, PruneError
 from tests.unit.prune.reference import shape
 
@@ -33,6 +34,14 @@ def test_omegaconf_reads_both_sections() -> None:
         (ScoreConfig, {"num_samples": 0}, "score.num_samples=0 must be at least 1"),
         (ScoreConfig, {"aggregations": []}, "saves no scores"),
         (ScoreConfig, {"aggregations": [Aggregation.l2_l2] * 2}, "names one twice"),
+        (ScoreConfig, {"seq_length": 0}, "score.seq_length=0 must be at least 1"),
+        (ScoreConfig, {"rounds": 0}, "score.rounds=0 must be at least 1"),
+        (DepthScoreConfig, {"num_samples": 0}, "score.depth.num_samples=0 must be at least 1"),
+        (DepthScoreConfig, {"blocks": [2, 0]}, r"score.depth.blocks=\[2, 0\] must be numbers of layers"),
+        (DepthScoreConfig, {"metrics": [DepthMetric.loss] * 2}, r"metrics=\[loss, loss\] names one twice"),
+        (PruneConfig, {"hidden_norms": []}, "must name at least one norm"),
+        (PruneConfig, {"hidden_norms": [HiddenNorm.final] * 2}, "each once"),
+        (PruneConfig, {"ranking": Ranking.random, "scores": "x"}, "random reads no scores; leave prune.scores=x out"),
         (PruneConfig, {"hidden_size": 0}, "prune.hidden_size=0 must be at least 1"),
         (PruneConfig, {"drop_layers": [-1]}, "count layers from 0"),
         (PruneConfig, {"drop_layers": [2, 2]}, "names a layer twice"),
@@ -73,3 +82,62 @@ def test_target_keeps_the_rest() -> None:
 def test_targets_that_do_not_fit(values: dict[str, object], message: str) -> None:
     with pytest.raises(PruneError, match=message):
         check_target(shape(), PruneConfig(**values))  # type: ignore[arg-type]
+
+
+BI, LOSS, MSE = DepthMetric.block_importance, DepthMetric.loss, DepthMetric.logit_mse
+FREE, BLOCK, GREEDY = DepthSelection.free, DepthSelection.contiguous, DepthSelection.iterative
+
+
+@pytest.mark.parametrize(
+    ("depth", "metric", "selection", "num_layers", "want"),
+    [
+        ({}, BI, FREE, None, DepthPlan()),
+        ({}, BI, FREE, 20, DepthPlan()),  # the calibration pass has it
+        ({}, LOSS, FREE, None, DepthPlan()),  # nothing is cut
+        ({}, LOSS, FREE, 30, DepthPlan()),
+        ({}, LOSS, FREE, 20, DepthPlan((LOSS,), (1,))),
+        ({}, LOSS, BLOCK, 20, DepthPlan((LOSS,), (1, 10))),
+        ({}, BI, BLOCK, 20, DepthPlan((BI,), (10,))),
+        ({}, MSE, GREEDY, 24, DepthPlan(greedy=MSE, num_greedy=6)),
+        ({"metrics": [MSE]}, LOSS, GREEDY, 24, DepthPlan((MSE,), (1,), LOSS, 6)),
+        ({"metrics": [MSE, LOSS]}, LOSS, FREE, 24, DepthPlan((MSE, LOSS), (1,))),
+        ({"metrics": [LOSS], "blocks": [4, 2, 99]}, BI, FREE, 24, DepthPlan((LOSS, BI), (1, 2, 4))),
+        ({"blocks": [4]}, BI, FREE, None, DepthPlan((BI,), (4,))),
+    ],
+)
+def test_what_is_measured_is_what_is_named_and_what_pruning_needs(
+    depth: dict[str, object],
+    metric: DepthMetric,
+    selection: DepthSelection,
+    num_layers: int | None,
+    want: DepthPlan,
+) -> None:
+    score = ScoreConfig(depth=DepthScoreConfig(**depth))  # type: ignore[arg-type]
+    prune = PruneConfig(num_layers=num_layers, depth_metric=metric, depth_selection=selection)
+    assert depth_plan(score, prune, 30) == want
+
+
+def test_only_what_decides_the_measurement_is_in_its_identity() -> None:
+    score = ScoreConfig()
+
+    def values(**changes: object) -> dict[str, object]:
+        return depth_values(score, PruneConfig(**changes))  # type: ignore[arg-type]
+
+    assert values(depth_metric=LOSS) == {}
+    assert values(depth_metric=LOSS, drop_layers=[1]) == {}
+    assert values(num_layers=3) == {}
+    assert values(num_layers=3, depth_metric=LOSS) == values(num_layers=2, depth_metric=LOSS) != {}
+    contiguous = [values(num_layers=n, depth_metric=LOSS, depth_selection=BLOCK) for n in (2, 3)]
+    assert contiguous[0] != contiguous[1]
+    assert values(num_layers=3, depth_metric=LOSS, scores="elsewhere") == {}
+
+
+def test_what_cannot_be_measured_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"accuracy needs questions; set score.depth.questions"):
+        check_depth(ScoreConfig(), PruneConfig(num_layers=3, depth_metric=DepthMetric.accuracy))
+    check_depth(ScoreConfig(), PruneConfig(depth_metric=DepthMetric.accuracy))  # nothing is cut
+    with pytest.raises(ConfigError, match=r"aggregation=l2_var is not among score.aggregations=\[l2_mean\]"):
+        check_depth(ScoreConfig(), PruneConfig(aggregation=Aggregation.l2_var))
+    check_depth(ScoreConfig(), PruneConfig(aggregation=Aggregation.l2_var, scores="elsewhere"))
+    with pytest.raises(ConfigError, match=r"score.rounds=2 cuts by importance, but prune.ranking=random"):
+        check_depth(ScoreConfig(rounds=2), PruneConfig(ranking=Ranking.random))

@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from minitron.config.score import Aggregation, HeadNorm
+from minitron.config.score import Aggregation, FfnActivation, HeadNorm
 from minitron.errors import DataError, NumericsError, PlatformError
 from minitron.prune.importance import ImportanceCollector
 from minitron.prune.scores import Scores
@@ -35,6 +35,25 @@ class Mlp(nn.Module):
         return self.linear_fc2(self.linear_fc1(x_SBH).tanh())
 
 
+class GatedMlp(nn.Module):
+    """As Megatron's: gate rows precede up rows, and the first linear leaves its bias to its caller."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear_fc1 = TupleLinear(6, 10)
+        self.linear_fc2 = nn.Linear(5, 6)
+
+    def forward(self, x_SBH: Tensor) -> Tensor:
+        values, bias = self.linear_fc1(x_SBH)
+        gate, up = (values + bias).chunk(2, dim=-1)
+        return self.linear_fc2(gate.sigmoid() * up)
+
+
+class TupleLinear(nn.Linear):
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+        return x @ self.weight.t(), self.bias
+
+
 class Layer(nn.Module):
     """Called by keyword, answers with a tuple, as Megatron's does."""
 
@@ -56,11 +75,16 @@ def layers() -> nn.ModuleList:
     return nn.ModuleList(Layer(number) for number in (1, 2)).double()
 
 
+FINAL = nn.RMSNorm(6).double()
+nn.init.normal_(FINAL.weight, mean=1.0)
+
+
 def run(stack: nn.ModuleList, hidden_SBH: Tensor) -> list[Tensor]:
     """All layers; gives every layer's input and the last output."""
     states = [hidden_SBH]
     for layer in stack:
         states.append(layer(hidden_states=states[-1])[0])
+    FINAL(states[-1])
     return states
 
 
@@ -71,7 +95,9 @@ def samples(count: int) -> Tensor:
 
 def collect(hidden_SBH: Tensor, *, micro_batch_size: int, head_norm: HeadNorm) -> Scores:
     stack = layers()
-    collector = ImportanceCollector(stack, MODEL, seq_length=S, aggregations=list(Aggregation), head_norm=head_norm)
+    collector = ImportanceCollector(
+        stack, FINAL, MODEL, seq_length=S, aggregations=list(Aggregation), head_norm=head_norm
+    )
     with collector:
         for part in hidden_SBH.split(micro_batch_size, dim=1):
             run(stack, part)
@@ -85,6 +111,7 @@ def test_l2_mean_and_block_importance_by_formula(head_norm: HeadNorm) -> None:
     stack = layers()
     states = run(stack, hidden_SBH)
     assert (scores.num_samples, scores.seq_length) == (8, S)
+    check(scores.width[Aggregation.l2_mean].final, FINAL(states[-1]).abs().mean(0).norm(dim=0))
     for i, layer in enumerate(stack):
         attended = states[i] + layer.self_attention(layer.input_layernorm(states[i]))
         normed = [layer.input_layernorm(states[i]), layer.pre_mlp_layernorm(attended)]
@@ -107,6 +134,25 @@ def check(have: np.ndarray, want: Tensor) -> None:
     np.testing.assert_allclose(have, want.detach().numpy(), rtol=1e-12)
 
 
+@pytest.mark.parametrize("gated", [False, True])
+def test_ffn_before_the_activation(gated: bool) -> None:
+    stack = layers()
+    if gated:
+        for layer in stack:
+            layer.mlp = GatedMlp().double()
+    hidden_SBH = samples(8)
+    collector = ImportanceCollector(stack, FINAL, MODEL, seq_length=S, ffn_activation=FfnActivation.before)
+    with collector:
+        states = run(stack, hidden_SBH)
+    scores = collector.reduce(source_id="w")
+    for i, layer in enumerate(stack):
+        attended = states[i] + layer.self_attention(layer.input_layernorm(states[i]))
+        first = layer.mlp.linear_fc1
+        before = (layer.pre_mlp_layernorm(attended) @ first.weight.t() + first.bias)[..., :5]
+        check(scores.width[Aggregation.l2_mean].ffn[i], before.abs().mean(0).norm(dim=0))
+    assert scores.ffn_activation is FfnActivation.before
+
+
 @pytest.mark.parametrize("aggregation", list(Aggregation))
 def test_the_grouping_into_batches_does_not_matter(aggregation: Aggregation) -> None:
     one, many = (collect(samples(8), micro_batch_size=n, head_norm=HeadNorm.token) for n in (8, 3))
@@ -119,7 +165,7 @@ def test_the_grouping_into_batches_does_not_matter(aggregation: Aggregation) -> 
 def test_samples_of_weight_zero_do_not_count() -> None:
     stack = layers()
     hidden_SBH = samples(8)
-    collector = ImportanceCollector(stack, MODEL, seq_length=S)
+    collector = ImportanceCollector(stack, FINAL, MODEL, seq_length=S)
     with collector:
         for part, weights_B in zip(
             hidden_SBH.split(4, dim=1),
@@ -137,7 +183,7 @@ def test_samples_of_weight_zero_do_not_count() -> None:
 
 def test_hooks_are_removed_when_the_pass_fails() -> None:
     stack = layers()
-    collector = ImportanceCollector(stack, MODEL, seq_length=S)
+    collector = ImportanceCollector(stack, FINAL, MODEL, seq_length=S)
     with pytest.raises(RuntimeError, match="stop"):
         fail_inside(collector, stack)
     assert not any(module._forward_hooks for module in stack.modules())
@@ -151,7 +197,7 @@ def fail_inside(collector: ImportanceCollector, stack: nn.ModuleList) -> None:
 
 def test_passes_that_cannot_be_scored() -> None:
     stack = layers()
-    collector = ImportanceCollector(stack, MODEL, seq_length=S)
+    collector = ImportanceCollector(stack, FINAL, MODEL, seq_length=S)
     with pytest.raises(DataError, match="no calibration sample"):
         collector.reduce(source_id="w")
     with collector, pytest.raises(DataError, match="6 tokens long instead of 7"):
@@ -162,4 +208,4 @@ def test_passes_that_cannot_be_scored() -> None:
         collector.reduce(source_id="w")
     stack[1].pre_mlp_layernorm = nn.Identity()
     with pytest.raises(PlatformError, match=r"layer 1 has no pre_mlp_layernorm.*local_spec=True"):
-        ImportanceCollector(stack, MODEL, seq_length=S)
+        ImportanceCollector(stack, FINAL, MODEL, seq_length=S)

@@ -1,9 +1,10 @@
 import numpy as np
 import pytest
 
-from minitron.config.prune import PruneConfig, Ranking
-from minitron.config.score import Aggregation, HeadNorm
+from minitron.config.prune import DepthSelection, HiddenNorm, PruneConfig, Ranking
+from minitron.config.score import Aggregation, DepthMetric, HeadNorm
 from minitron.errors import PruneError
+from minitron.prune.depth_scores import DepthScores, GreedyRemoval
 from minitron.prune.ranking import choose, kept_heads, kept_layers, top_units
 from minitron.prune.scores import Scores, WidthScores, random_scores
 from tests.unit.prune.reference import shape
@@ -22,6 +23,7 @@ def hand_scores() -> Scores:
                 ffn=np.array([[3.0, 1.0, 2.0], [1.0, 1.0, 1.0]]),
                 head=np.array([[1.0, 2.0, 9.0, 8.0], [5.0, 5.0, 0.0, 6.0]]),
                 hidden=np.array([[9.0, 0, 0, 1], [0, 4.0, 0, 1], [0, 4.0, 7.0, 1], [0, 2.0, 0, 1]]),
+                final=np.array([0.0, 0.0, 0.0, 9.0]),
             )
         },
         layer=np.array([0.2, 0.1]),
@@ -50,11 +52,66 @@ def test_groups_are_ranked_by_the_norm_of_their_heads() -> None:
     assert kept_heads(scores, source, target) == ([0, 4], [0, 2])
 
 
-def test_depth_by_hand() -> None:
-    scores = np.array([0.9, 0.1, 0.3, 0.1, 0.8])
-    assert kept_layers(scores, 3, None) == [0, 2, 4]
-    assert kept_layers(scores, 4, None) == [0, 1, 2, 4]  # 1 and 3 tie: the lower one stays
-    assert kept_layers(scores, 3, [0, 4]) == [1, 2, 3]
+def test_the_norms_that_score_channels_are_a_choice() -> None:
+    scores = hand_scores()
+
+    def kept(*norms: HiddenNorm) -> list[int]:
+        config = PruneConfig(hidden_size=2, num_attention_heads=2, hidden_norms=list(norms))
+        return choose(scores.model, config, scores=scores, source_id="w").hidden
+
+    assert kept(HiddenNorm.input) == [0, 2]  # 9, 4, 7, 2
+    assert kept(HiddenNorm.pre_mlp) == [1, 3]  # 0, 6, 0, 2
+    assert kept(HiddenNorm.input, HiddenNorm.pre_mlp, HiddenNorm.final) == [1, 3]  # 9, 10, 7, 13
+
+
+def deep_scores() -> Scores:
+    scores = random_scores(shape(num_layers=5), Aggregation.l2_mean, 0)
+    scores.layer = np.array([0.9, 0.1, 0.3, 0.1, 0.8])
+    scores.depth = DepthScores(
+        blocks={
+            (DepthMetric.loss, 1): np.array([9.0, 3.0, 2.0, 5.0, 4.0]),
+            (DepthMetric.loss, 2): np.array([9.0, 3.5, 6.0, 3.5]),
+            (DepthMetric.block_importance, 3): np.array([0.9, 0.3, 0.2]),
+        },
+        greedy=GreedyRemoval(metric=DepthMetric.logit_mse, layers=[3, 0, 2], values=np.array([1.0, 2.0, 5.0])),
+    )
+    return scores
+
+
+@pytest.mark.parametrize(
+    ("metric", "selection", "count", "want"),
+    [
+        ("block_importance", "free", 3, [0, 2, 4]),
+        ("block_importance", "free", 4, [0, 1, 2, 4]),  # 1 and 3 tie: the lower one stays
+        ("block_importance", "contiguous", 4, [0, 1, 2, 4]),
+        ("block_importance", "contiguous", 2, [0, 1]),
+        ("loss", "free", 3, [0, 3, 4]),
+        ("loss", "free", 5, [0, 1, 2, 3, 4]),
+        ("loss", "contiguous", 3, [0, 1, 2]),  # the blocks at 1 and 3 tie: the lower one stays
+        ("logit_mse", "iterative", 4, [0, 1, 2, 4]),
+        ("logit_mse", "iterative", 3, [1, 2, 4]),
+        ("logit_mse", "iterative", 2, [1, 4]),
+    ],
+)
+def test_depth_by_hand(metric: str, selection: str, count: int, want: list[int]) -> None:
+    config = PruneConfig(depth_metric=DepthMetric(metric), depth_selection=DepthSelection(selection))
+    assert kept_layers(deep_scores(), count, config) == want
+
+
+def test_named_layers_need_no_metric() -> None:
+    config = PruneConfig(drop_layers=[0, 4], depth_metric=DepthMetric.accuracy)
+    assert kept_layers(deep_scores(), 3, config) == [1, 2, 3]
+
+
+def test_a_random_block_is_contiguous() -> None:
+    found = set()
+    for seed in range(20):
+        config = PruneConfig(num_layers=2, ranking=Ranking.random, seed=seed, depth_selection=DepthSelection.contiguous)
+        layers = choose(shape(num_layers=5), config, scores=None, source_id="w").layers
+        gone = sorted(set(range(5)) - set(layers))
+        assert gone == list(range(gone[0], gone[0] + 3))
+        found.add(gone[0])
+    assert found == {0, 1, 2}
 
 
 def test_per_layer_choices_follow_the_kept_layers() -> None:

@@ -3,9 +3,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from minitron.config.score import Aggregation
+from minitron.config.prune import HiddenNorm
+from minitron.config.score import Aggregation, DepthMetric
 from minitron.errors import ArtefactError, NumericsError, PruneError
-from minitron.prune.scores import ABOUT_FILE, Scores, random_scores
+from minitron.prune.depth_scores import DepthScores, GreedyRemoval
+from minitron.prune.scores import ABOUT_FILE, WIDTH_AXES, Scores, random_scores, scores_fingerprint
 from tests.unit.prune.reference import shape
 
 
@@ -24,10 +26,70 @@ def test_round_trip(tmp_path: Path) -> None:
     assert list(again.width) == list(scores.width)
     np.testing.assert_array_equal(again.layer, scores.layer)
     for aggregation, width in scores.width.items():
-        for axis in ("ffn", "head", "hidden"):
+        for axis in WIDTH_AXES:
             have = getattr(again.width[aggregation], axis)
             assert have.dtype == np.float64
             np.testing.assert_array_equal(have, getattr(width, axis))
+
+
+def with_depth() -> Scores:
+    scores = two_aggregations()
+    scores.depth = DepthScores(
+        blocks={(DepthMetric.loss, 1): np.array([4.0, 3.0, 2.0, 5.0]), (DepthMetric.logit_mse, 2): np.ones(3)},
+        greedy=GreedyRemoval(metric=DepthMetric.loss, layers=[2, 0], values=np.array([2.0, 2.5])),
+        whole_loss=1.5,
+    )
+    return scores
+
+
+def test_depth_makes_the_round_trip(tmp_path: Path) -> None:
+    with_depth().save(tmp_path)
+    again = Scores.load(tmp_path).depth
+    assert again.whole_loss == 1.5
+    assert again.greedy is not None
+    assert (again.greedy.metric, again.greedy.layers) == (DepthMetric.loss, [2, 0])
+    assert again.greedy.values.tolist() == [2.0, 2.5]
+    assert {key: values.tolist() for key, values in again.blocks.items()} == {
+        (DepthMetric.loss, 1): [4.0, 3.0, 2.0, 5.0],
+        (DepthMetric.logit_mse, 2): [1.0, 1.0, 1.0],
+    }
+
+
+def test_what_was_not_measured_is_said(tmp_path: Path) -> None:
+    scores = with_depth()
+    assert scores.blocks(DepthMetric.block_importance, 1) is scores.layer
+    with pytest.raises(PruneError, match=r"loss of blocks of 2 layers.*\(loss of 1, logit_mse of 2\).*depth.blocks"):
+        scores.blocks(DepthMetric.loss, 2)
+    with pytest.raises(PruneError, match=r"needs 3 layers removed one after the other by loss.*have 2 by loss"):
+        scores.depth.first_removed(DepthMetric.loss, 3)
+    with pytest.raises(PruneError, match="have none"):
+        two_aggregations().depth.first_removed(DepthMetric.loss, 1)
+    scores.depth.blocks[DepthMetric.loss, 1] = np.ones(3)
+    with pytest.raises(PruneError, match=r"depth.block.loss.1 has shape \(3,\), but the model needs \(4,\)"):
+        scores.save(tmp_path)
+
+
+def test_channels_are_summed_over_the_norms_named() -> None:
+    scores = two_aggregations()
+    width = scores.width[Aggregation.mean_var]
+    for norms, want in (
+        ([HiddenNorm.input], width.hidden[0::2].sum(0)),
+        ([HiddenNorm.pre_mlp], width.hidden[1::2].sum(0)),
+        ([HiddenNorm.pre_mlp, HiddenNorm.input], width.hidden.sum(0)),
+        ([HiddenNorm.final], width.final),
+        ([HiddenNorm.final, HiddenNorm.input], width.hidden[0::2].sum(0) + width.final),
+    ):
+        np.testing.assert_allclose(scores.channels(Aggregation.mean_var, norms), want, rtol=1e-14)
+
+
+def test_the_fingerprint_is_of_the_content(tmp_path: Path) -> None:
+    with_depth().save(tmp_path / "a")
+    with_depth().save(tmp_path / "b")
+    two_aggregations().save(tmp_path / "c")
+    one, same, other = (scores_fingerprint(tmp_path / name) for name in "abc")
+    assert one == same != other
+    with pytest.raises(ArtefactError, match=r"holds no scores .No such file"):
+        scores_fingerprint(tmp_path)
 
 
 def test_files_are_the_same_bytes_each_time(tmp_path: Path) -> None:

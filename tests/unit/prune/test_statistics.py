@@ -16,9 +16,10 @@ def formula(kind: Reduction, values: np.ndarray, axis: int) -> np.ndarray:
     return ((values - values.mean(axis, keepdims=True)) ** 2).mean(axis)
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("aggregation", list(Aggregation), ids=lambda a: a.value)
-def test_aggregations_match_the_formula(aggregation: Aggregation) -> None:
-    activation_SBX = torch.randn(7, 5, 6, generator=torch.Generator().manual_seed(0)) + 0.3
+def test_aggregations_match_the_formula(aggregation: Aggregation, dtype: torch.dtype) -> None:
+    activation_SBX = (torch.randn(53, 5, 6, generator=torch.Generator().manual_seed(0)) + 0.3).to(dtype)
     value_BX = reduce_sequence(activation_SBX, [aggregation.seq])[aggregation.seq]
     sums = torch.stack([value_BX.sum(0), value_BX.square().sum(0)]).numpy()
     per_sample = formula(aggregation.seq, activation_SBX.double().numpy(), 0)
@@ -26,15 +27,41 @@ def test_aggregations_match_the_formula(aggregation: Aggregation) -> None:
     np.testing.assert_allclose(reduce_batch(sums, 5, aggregation.batch), want, rtol=1e-11)
 
 
+@pytest.mark.parametrize("wanted", [[Reduction.mean], [Reduction.var], [Reduction.l2], list(Reduction)])
+def test_a_reduction_does_not_depend_on_the_others(wanted: list[Reduction]) -> None:
+    activation_SBX = torch.randn(7, 5, 6, generator=torch.Generator().manual_seed(0))
+    for reduction, value_BX in reduce_sequence(activation_SBX, wanted).items():
+        want = formula(reduction, activation_SBX.double().numpy(), 0)
+        np.testing.assert_allclose(value_BX.numpy(), want, rtol=1e-12)
+
+
+def test_heads_are_normed_token_by_token() -> None:
+    activation_SBX = torch.randn(7, 2, 6, generator=torch.Generator().manual_seed(0)).bfloat16()
+    have = reduce_sequence(activation_SBX, [Reduction.mean], per_head=3)[Reduction.mean]
+    want = activation_SBX.double().unflatten(-1, (2, 3)).square().sum(-1).sqrt().mean(0)
+    torch.testing.assert_close(have, want, rtol=1e-13, atol=0)
+
+
 @pytest.mark.parametrize("reduction", list(Reduction))
 def test_chunks_of_tokens_change_nothing(reduction: Reduction, monkeypatch: pytest.MonkeyPatch) -> None:
-    activation_SBX = torch.randn(7, 2, 6, generator=torch.Generator().manual_seed(0))
+    activation_SBX = torch.randn(71, 2, 6, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     whole = reduce_sequence(activation_SBX, [reduction], per_head=3)[reduction]
     distance = cosine_distance(activation_SBX, activation_SBX**2)
-    monkeypatch.setattr(statistics, "_CHUNK_ELEMENTS", 24)
+    monkeypatch.setitem(statistics._CHUNK_ELEMENTS, "cpu", 200)
+    assert len(list(statistics._chunks(activation_SBX))) == 5  # of 16 tokens
     parts = reduce_sequence(activation_SBX, [reduction], per_head=3)[reduction]
     torch.testing.assert_close(parts, whole, rtol=1e-13, atol=1e-15)
     torch.testing.assert_close(cosine_distance(activation_SBX, activation_SBX**2), distance)
+
+
+def test_cosine_distance_keeps_its_digits_near_zero() -> None:
+    generator = torch.Generator().manual_seed(0)
+    before_SBH = torch.randn(30, 3, 64, generator=generator)
+    after_SBH = before_SBH + 1e-4 * torch.randn(30, 3, 64, generator=generator)
+    directions = [state.double() / state.double().norm(dim=-1, keepdim=True) for state in (before_SBH, after_SBH)]
+    want = 0.5 * (directions[1] - directions[0]).square().sum(-1).sum(0)
+    torch.testing.assert_close(cosine_distance(before_SBH, after_SBH), want, rtol=1e-9, atol=0)
+    assert want.max() < 1e-6
 
 
 def test_the_activation_is_left_alone() -> None:

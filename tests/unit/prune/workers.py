@@ -1,5 +1,8 @@
 """What the ranks of the multi-process tests run. Imports no transformers: workers import this file."""
 
+import contextlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -9,14 +12,19 @@ from rich.console import Console
 from minitron.checkpoint.folder import read_model_config
 from minitron.checkpoint.model_io import load_model
 from minitron.compat.cpu import CPU_LAYER
+from minitron.config.depth import DepthPlan
+from minitron.config.model import ModelConfig
 from minitron.config.parallel import ParallelConfig
 from minitron.config.precision import PrecisionConfig
 from minitron.config.run import Device, RunConfig
 from minitron.config.score import ScoreConfig
 from minitron.data.batch import NO_SAMPLE, Batch
-from minitron.models.gpt import build_gpt
-from minitron.parallel.groups import model_parallel
+from minitron.models.gpt import Chunks, build_gpt
+from minitron.parallel.groups import Groups, model_parallel
 from minitron.prune.calibration import score_model
+from minitron.prune.depth import measure_depth
+from minitron.prune.depth_scores import DepthScores
+from minitron.prune.questions import Question, question_sheet
 from minitron.prune.scores import Scores
 from minitron.prune.slicer import apply_spec
 from minitron.prune.spec import PruneSpec
@@ -24,13 +32,18 @@ from minitron.runtime.artefact import RunFolder
 from minitron.runtime.session import Session
 
 
-def score(
-    folder: Path,
-    tokens_BS: torch.Tensor,
-    parallel: ParallelConfig,
-    config: ScoreConfig,
-) -> Scores:
-    """Score a checkpoint on Megatron-Core at a layout."""
+@dataclass(frozen=True)
+class Loaded:
+    """A checkpoint on Megatron-Core, in fp64: the layouts' own rounding is far below what scoring might add."""
+
+    gpt: Chunks
+    model: ModelConfig
+    groups: Groups
+
+
+@contextlib.contextmanager
+def loaded(folder: Path, parallel: ParallelConfig) -> Iterator[Loaded]:
+    """Load a checkpoint at a layout, context-parallel ranks as data-parallel ones."""
     model = read_model_config(folder)
     CPU_LAYER.apply()
     try:
@@ -44,14 +57,53 @@ def score(
                 assert whole.config.parallel.num_ranks == parallel.num_ranks
                 gpt = build_gpt(model, whole.config.parallel, PrecisionConfig(), groups, device=Device.cpu)
                 load_model(gpt, folder)
-                # In fp64 the layouts' own rounding is far below what the statistics might add.
                 gpt.double()
                 gpt.config.pipeline_dtype = torch.float64
-                size = config.micro_batch_size
-                batches = _batches(tokens_BS, size, groups.dp_rank, groups.dp.size())
-                return score_model(gpt, batches, model=model, config=config, groups=groups, source_id="w")
+                yield Loaded(gpt, model, groups)
     finally:
         CPU_LAYER.undo()
+
+
+def score(folder: Path, tokens_BS: torch.Tensor, parallel: ParallelConfig, config: ScoreConfig) -> Scores:
+    """Score a checkpoint on Megatron-Core at a layout."""
+    with loaded(folder, parallel) as it:
+        batches = _batches(tokens_BS, config.micro_batch_size, it.groups.dp_rank, it.groups.dp.size())
+        return score_model(it.gpt, batches, model=it.model, config=config, groups=it.groups, source_id="w")
+
+
+def depth(
+    folder: Path,
+    tokens_BS: torch.Tensor,
+    parallel: ParallelConfig,
+    plan: DepthPlan,
+    micro_batch_size: int,
+    questions: Sequence[Question] = (),
+) -> tuple[DepthScores, int]:
+    """Measure the depth of a checkpoint at a layout; and how often a layer of this rank was called."""
+    calls = 0
+
+    def count(_layer: torch.nn.Module, _args: object) -> None:
+        nonlocal calls
+        calls += 1
+
+    with loaded(folder, parallel) as it:
+        (chunk,) = it.gpt
+        for layer in chunk.get_submodule("decoder.layers").children():
+            layer.register_forward_pre_hook(count)
+        rank, ranks = it.groups.dp_rank, it.groups.dp.size()
+        sheet = None
+        if questions:
+            sheet = question_sheet(
+                questions, encode, micro_batch_size=micro_batch_size, max_length=64, dp_rank=rank, dp_size=ranks
+            )
+        batches = _batches(tokens_BS, micro_batch_size, rank, ranks) if plan.on_text else []
+        scores = measure_depth(it.gpt, batches, plan, model=it.model, groups=it.groups, questions=sheet)
+    return scores, calls
+
+
+def encode(text: str) -> list[int]:
+    """A token for each letter."""
+    return [ord(letter) % 48 for letter in text]
 
 
 def _batches(tokens_BS: torch.Tensor, size: int, rank: int, ranks: int) -> list[Batch]:

@@ -1,0 +1,51 @@
+"""What decides the results of the score and prune stages, and what they show. Light: read when a job is planned."""
+
+import hashlib
+from pathlib import Path
+from typing import Any
+
+from minitron.config.compose import flat_values
+from minitron.config.depth import depth_values
+from minitron.config.run import RunConfig
+from minitron.config.score import DepthMetric
+from minitron.errors import ConfigError
+from minitron.prune.scores import scores_fingerprint
+
+Values = dict[str, Any]
+
+
+def score_values(config: RunConfig) -> Values:
+    """What is scored; and of ``prune`` what decides that."""
+    asked = depth_values(config.score, config.prune)
+    unread = ["micro_batch_size", "questions"]
+    if not (asked or config.score.depth.metrics or config.score.depth.blocks):
+        unread.append("depth.num_samples")
+    values = {k: v for k, v in flat_values(config.score, "score").items() if not k.endswith(tuple(unread))}
+    if config.score.rounds > 1:
+        asked = prune_values(config)
+    return values | asked | flat_values(config.precision, "precision") | {"seed": config.seed}
+
+
+def prune_values(config: RunConfig) -> Values:
+    """What is kept; of ``prune.scores`` the content counts, see `scores_outside`."""
+    values = flat_values(config.prune, "prune")
+    del values["prune.scores"]
+    return values
+
+
+def questions_outside(config: RunConfig) -> dict[str, str]:
+    """Content of ``score.depth.questions``, where they are asked."""
+    questions = config.score.depth.questions
+    metrics = [*config.score.depth.metrics, config.prune.depth_metric]
+    if questions is None or DepthMetric.accuracy not in metrics:
+        return {}
+    try:
+        return {"questions": hashlib.sha256(Path(questions).read_bytes()).hexdigest()}
+    except OSError as error:
+        raise ConfigError(f"score.depth.questions={questions} cannot be read: {error.strerror}") from error
+
+
+def scores_outside(config: RunConfig) -> dict[str, str]:
+    """Content of ``prune.scores``."""
+    given = config.prune.scores
+    return {"scores": scores_fingerprint(Path(given))} if given else {}
