@@ -150,12 +150,9 @@ def _stages_of_lines(lines: list[Line]) -> list[Stage]:
 def _line_stages(config: RunConfig) -> list[Stage]:
     """The stages of one step."""
     evaluations = ["eval_teacher", "eval_pruned", "eval_distilled"]
-    needs_scores = config.prune.ranking is Ranking.importance
     return [
         Stage("score", ("source", "data"), _score_values, _action("score")),
-        Stage(
-            "prune", ("source", *(["score"] if needs_scores else [])), lambda c: _section(c, "prune"), _action("prune")
-        ),
+        Stage("prune", _prune_needs(config), _prune_values, _action("prune")),
         _eval_stage("pruned"),
         Stage(
             "teacher_logits",
@@ -184,7 +181,12 @@ def _ablation_stages(config: RunConfig) -> list[Stage]:
         return []
     others = [name for name in ABLATION if name not in ("distill", "baseline")]
     return [
-        Stage("prune_random", ("source",), lambda c: _section(random_ranking(c), "prune"), _action("prune_random")),
+        Stage(
+            "prune_random",
+            _prune_needs(random_ranking(config)),
+            lambda c: _prune_values(random_ranking(c)),
+            _action("prune_random"),
+        ),
         *(stage for name in others for stage in _training_stages(name, config)),
         Stage(
             "ablation",
@@ -274,6 +276,20 @@ def _source_values(config: RunConfig) -> Values:
 
 def _score_values(config: RunConfig) -> Values:
     return _section(config, "score", drop=("micro_batch_size",)) | _section(config, "precision") | {"seed": config.seed}
+
+
+def _prune_needs(config: RunConfig) -> tuple[str, ...]:
+    """Scores rank, and text is what the kept weights are fitted on."""
+    scores = ["score"] if config.prune.ranking is Ranking.importance else []
+    return ("source", *scores, *(["data"] if config.prune.reconstruct.enabled else []))
+
+
+def _prune_values(config: RunConfig) -> Values:
+    values = _section(config, "prune", drop=("micro_batch_size",))
+    if config.prune.reconstruct.enabled:
+        return values | _section(config, "precision") | {"seed": config.seed}
+    enabled = "prune.reconstruct.enabled"  # the others are not read
+    return {key: value for key, value in values.items() if key == enabled or not key.startswith("prune.reconstruct.")}
 
 
 def _training_values(config: RunConfig, training: str) -> Values:

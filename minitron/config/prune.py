@@ -1,9 +1,10 @@
 """What pruning aims at: the target shape, and how units are ranked."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 
 from minitron.config.model import ModelConfig
+from minitron.config.reconstruct import ReconstructConfig
 from minitron.config.score import Aggregation
 from minitron.errors import ConfigError, PruneError
 
@@ -45,6 +46,8 @@ class PruneConfig:
     """Which of the saved aggregations ranks heads, neurons and channels."""
     seed: int = 1234
     """Seed of the random ranking."""
+    reconstruct: ReconstructConfig = field(default_factory=ReconstructConfig)
+    """Fit the kept weights to the source on calibration text."""
 
     def __post_init__(self) -> None:
         """Check every value by itself; `check_target` checks them against a model."""
