@@ -164,7 +164,12 @@ def _arrays(session: Session, scores: Scores) -> dict[str, NDArray[np.float64]]:
 def _prune(session: Session, out: Path) -> Values:
     run = session.run
     return prune(
-        session, model=run.stage("source"), source_id=session.digests["source"], scores=_scores_folder(session), out=out
+        session,
+        model=run.stage("source"),
+        source_id=session.digests["source"],
+        scores=_scores_folder(session),
+        data=run.stage("data"),
+        out=out,
     )
 
 

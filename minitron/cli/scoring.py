@@ -6,6 +6,7 @@ from typing import Any
 
 from minitron.config.compose import flat_values
 from minitron.config.depth import depth_values
+from minitron.config.prune import Ranking
 from minitron.config.run import RunConfig
 from minitron.config.score import DepthMetric
 from minitron.errors import ConfigError
@@ -30,7 +31,20 @@ def prune_values(config: RunConfig) -> Values:
     """What is kept; of ``prune.scores`` the content counts, see `scores_outside`."""
     values = flat_values(config.prune, "prune")
     del values["prune.scores"]
-    return values
+    if not config.prune.reconstruct.enabled:
+        enabled = "prune.reconstruct.enabled"  # the others are not read
+        return {
+            key: value for key, value in values.items() if key == enabled or not key.startswith("prune.reconstruct.")
+        }
+    del values["prune.reconstruct.micro_batch_size"]
+    return values | flat_values(config.precision, "precision") | {"seed": config.seed}
+
+
+def prune_needs(config: RunConfig) -> tuple[str, ...]:
+    """Scores of this run rank, and text is what the kept weights are fitted on."""
+    scored = config.prune.ranking is Ranking.importance and not config.prune.scores
+    fitted = config.prune.reconstruct.enabled
+    return ("source", *(["score"] if scored else []), *(["data"] if fitted else []))
 
 
 def questions_outside(config: RunConfig) -> dict[str, str]:

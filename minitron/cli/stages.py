@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from minitron.checkpoint.folder import fingerprint, is_checkpoint_folder
-from minitron.cli.scoring import prune_values, questions_outside, score_values, scores_outside
+from minitron.cli.scoring import prune_needs, prune_values, questions_outside, score_values, scores_outside
 from minitron.config.compose import flat_values
 from minitron.config.distill import TeacherSource
 from minitron.config.line import Ancestor
@@ -151,12 +151,10 @@ def _stages_of_lines(lines: list[Line]) -> list[Stage]:
 def _line_stages(config: RunConfig) -> list[Stage]:
     """The stages of one step."""
     evaluations = ["eval_teacher", "eval_pruned", "eval_distilled"]
-    scores = [] if config.prune.scores else ["score"]
-    ranked_by = scores if config.prune.ranking is Ranking.importance else []
     score = Stage("score", ("source", "data"), score_values, _action("score"), outside=questions_outside)
     return [
-        *([score] if scores else []),
-        Stage("prune", ("source", *ranked_by), prune_values, _action("prune"), outside=scores_outside),
+        *([] if config.prune.scores else [score]),
+        Stage("prune", prune_needs(config), prune_values, _action("prune"), outside=scores_outside),
         _eval_stage("pruned"),
         Stage(
             "teacher_logits",
@@ -185,7 +183,12 @@ def _ablation_stages(config: RunConfig) -> list[Stage]:
         return []
     others = [name for name in ABLATION if name not in ("distill", "baseline")]
     return [
-        Stage("prune_random", ("source",), lambda c: prune_values(random_ranking(c)), _action("prune_random")),
+        Stage(
+            "prune_random",
+            prune_needs(random_ranking(config)),
+            lambda c: prune_values(random_ranking(c)),
+            _action("prune_random"),
+        ),
         *(stage for name in others for stage in _training_stages(name, config)),
         Stage(
             "ablation",

@@ -4,6 +4,7 @@ from dataclasses import dataclass, field, replace
 from enum import StrEnum
 
 from minitron.config.model import ModelConfig
+from minitron.config.reconstruct import ReconstructConfig
 from minitron.config.score import Aggregation, DepthMetric
 from minitron.errors import ConfigError, PruneError
 
@@ -72,6 +73,8 @@ class PruneConfig:
     """Which of the saved aggregations ranks heads, neurons and channels."""
     seed: int = 1234
     """Seed of the random ranking."""
+    reconstruct: ReconstructConfig = field(default_factory=ReconstructConfig)
+    """Fit the kept weights to the source on calibration text."""
 
     def __post_init__(self) -> None:
         """Check every value by itself; `check_target` checks them against a model."""

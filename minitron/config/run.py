@@ -165,4 +165,5 @@ class RunConfig:
     @property
     def least_train_sequences(self) -> int:
         """Sequences of training text without which no run can start: one global batch, the calibration samples."""
-        return max(self.distill.train.global_batch_size, self.score.num_samples)
+        fitted = self.prune.reconstruct.num_samples if self.prune.reconstruct.enabled else 0
+        return max(self.distill.train.global_batch_size, self.score.num_samples, fitted)

@@ -1,6 +1,8 @@
 """The score and prune stages."""
 
 import shutil
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -12,16 +14,19 @@ from minitron.config.depth import depth_plan
 from minitron.config.model import ModelConfig
 from minitron.config.prune import Ranking, check_target
 from minitron.config.score import DepthMetric
+from minitron.data.batch import Batch
 from minitron.data.loader import FixedBatches, calibration_batches
 from minitron.models.load import load_gpt
 from minitron.prune.calibration import score_model
 from minitron.prune.depth import measure_depth
 from minitron.prune.questions import QuestionSheet, question_sheet, read_questions
 from minitron.prune.ranking import choose, choose_for
+from minitron.prune.reconstruct import Reconstruction, reconstruction
 from minitron.prune.rounds import score_in_rounds
 from minitron.prune.scores import Scores
 from minitron.prune.slicer import apply_spec
 from minitron.prune.spec import PruneSpec, write_units
+from minitron.runtime.progress import StageProgress
 from minitron.runtime.session import Session
 
 SPEC_FILE = "prune_spec.json"
@@ -149,14 +154,18 @@ def _in_rounds(stage: _ScoreStage, model: Path, scratch: Path) -> Scores:
     return scores
 
 
-def prune(session: Session, *, model: Path, source_id: str, scores: Path | None, out: Path) -> dict[str, object]:
-    """Choose what to keep, write it down as a spec, and slice the checkpoint with it.
+def prune(
+    session: Session, *, model: Path, source_id: str, scores: Path | None, data: Path, out: Path
+) -> dict[str, object]:
+    """Choose what to keep, write it down as a spec, and slice the checkpoint with it, fitted where asked for.
 
     Args:
         session: The running job; all its ranks slice.
         model: Checkpoint folder of the source.
         source_id: Identity of its weights.
         scores: Folder of the scores; None with ``prune.ranking=random``.
+        data: The data folder, whose training split gives the sequences to fit on; read by
+            ``prune.reconstruct`` only.
         out: The stage's working folder; becomes a checkpoint folder with ``prune_spec.json``.
     """
     config, groups = session.config, session.groups
@@ -165,13 +174,14 @@ def prune(session: Session, *, model: Path, source_id: str, scores: Path | None,
     spec = choose(read_model_config(model), config.prune, scores=loaded, source_id=source_id)
     if session.is_main:
         spec.save(out / SPEC_FILE)
-    with session.progress("prune") as progress:
+    with session.progress("prune") as progress, _fitted(session, spec, model, data, progress) as fitted:
         apply_spec(
             spec,
             source=model,
             out=out,
             rank=groups.world_rank,
             world_size=groups.world_size,
+            fitted=fitted,
             on_progress=progress.update,
         )
     target = spec.target
@@ -183,3 +193,32 @@ def prune(session: Session, *, model: Path, source_id: str, scores: Path | None,
         "ffn": f"{spec.source.ffn_hidden_size} -> {target.ffn_hidden_size}",
         "heads": f"{spec.source.num_attention_heads} -> {target.num_attention_heads}",
     }
+
+
+def _fitted(
+    session: Session, spec: PruneSpec, model: Path, data: Path, progress: StageProgress
+) -> AbstractContextManager[Reconstruction | None]:
+    """What is fitted in place of slicing: nothing, where it is not asked for or nothing is cut."""
+    config = session.config.prune.reconstruct
+    if not config.enabled or spec.source == spec.target:
+        return nullcontext()
+
+    def batches(dp_rank: int, dp_size: int) -> Sequence[Batch]:
+        return calibration_batches(
+            data,
+            num_samples=config.num_samples,
+            seq_length=session.config.data.seq_length,
+            micro_batch_size=config.micro_batch_size,
+            dp_rank=dp_rank,
+            dp_size=dp_size,
+            seed=session.config.seed,
+        )
+
+    return reconstruction(
+        spec,
+        source=model,
+        batches=batches,
+        seq_length=session.config.data.seq_length,
+        session=session,
+        on_progress=progress.update,
+    )

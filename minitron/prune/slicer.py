@@ -1,8 +1,9 @@
 """Applying a prune spec: slice one parameter, or stream a whole checkpoint through."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -38,6 +39,19 @@ class SliceItem:
     param: ParamAxes
     layer: int | None
     rows: tuple[int, int] | None = None
+
+
+class Fitted(Protocol):
+    """Weights that take the place of sliced ones (`minitron.prune.reconstruct`).
+
+    Attributes:
+        keys: Checkpoint keys of the parameters that it gives, for every layer.
+    """
+
+    keys: Collection[str]
+
+    def __iter__(self) -> Iterator[tuple[SliceItem, Tensor]]:
+        """The weights in the pruned shape; the same on every rank, all of which go through them together."""
 
 
 def slice_param(param: ParamAxes, tensor: Tensor, layer: int | None, spec: PruneSpec) -> Tensor:
@@ -90,6 +104,7 @@ def apply_spec(
     rank: int = 0,
     world_size: int = 1,
     group: ProcessGroup | None = None,
+    fitted: Fitted | None = None,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> None:
     """Write the pruned checkpoint folder, streaming; any number of ranks gives the same bytes.
@@ -103,6 +118,7 @@ def apply_spec(
         rank: This rank.
         world_size: Number of ranks that share the work.
         group: Their process group; None when alone.
+        fitted: Weights to write in place of sliced ones, in the source's dtype.
         on_progress: Called after each item of this rank with items done and items in all.
 
     Raises:
@@ -122,37 +138,42 @@ def apply_spec(
         write_model_config(out, spec.target)
         copy_side_files(source, out)
     sizes = {key: info.dtype.itemsize for key, info in reader.tensors.items()}
-    items = list(slice_items(spec, sizes))[rank::world_size]
+    items = [item for item in slice_items(spec, sizes) if fitted is None or item.param.key not in fitted.keys]
+    items = items[rank::world_size]
     for done, item in enumerate(items, start=1):
         _copy_item(item, spec, reader, writer)
         if on_progress is not None:
             on_progress(done, len(items))
+    for number, (item, weight) in enumerate(fitted or ()):
+        if number % world_size == rank:
+            _write_item(item, weight, spec, writer)
     writer.finish(group)
 
 
 def _copy_item(item: SliceItem, spec: PruneSpec, reader: CheckpointReader, writer: CheckpointWriter) -> None:
     """Read, slice and write one item."""
-    param, key = item.param, item.param.key
+    param = item.param
     offsets = [0] * len(global_shape(param, spec.source))
     lengths = list(global_shape(param, spec.source))
-    target_offsets = list(offsets)
     if item.rows is not None:
         offsets[0], lengths[0] = item.rows
-        target_offsets[0] = item.rows[0]
     if item.layer is not None:
         offsets[0], lengths[0] = spec.layers[item.layer], 1
-        target_offsets[0] = item.layer
-    tensor = reader.read(key, tuple(offsets), tuple(lengths))
-    if item.layer is None:
-        kept = slice_param(param, tensor, None, spec)
-    else:
-        kept = slice_param(param, tensor.squeeze(0), item.layer, spec).unsqueeze(0)
-    writer.write(
-        key,
-        kept.contiguous(),
-        global_shape=global_shape(param, spec.target),
-        offsets=tuple(target_offsets),
-    )
+    tensor = reader.read(param.key, tuple(offsets), tuple(lengths))
+    whole = tensor if item.layer is None else tensor.squeeze(0)
+    _write_item(item, slice_param(param, whole, item.layer, spec), spec, writer)
+
+
+def _write_item(item: SliceItem, kept: Tensor, spec: PruneSpec, writer: CheckpointWriter) -> None:
+    """Write one item in the pruned shape, without its layer dimension."""
+    shape = global_shape(item.param, spec.target)
+    offsets = [0] * len(shape)
+    if item.rows is not None:
+        offsets[0] = item.rows[0]
+    if item.layer is not None:
+        offsets[0] = item.layer
+        kept = kept.unsqueeze(0)
+    writer.write(item.param.key, kept.contiguous(), global_shape=shape, offsets=tuple(offsets))
 
 
 def _check_tensors(spec: PruneSpec, shapes: Mapping[str, tuple[int, ...]], source: Path) -> None:

@@ -21,6 +21,8 @@ from minitron.prune.scores import random_scores
 from minitron.runtime.artefact import RunFolder
 from tests.helpers.line import LINE
 
+AFTER_PRUNE = "prune eval_pruned distill eval_distilled baseline eval_baseline export report"
+
 
 @pytest.fixture
 def base(tmp_path: Path) -> list[str]:
@@ -66,13 +68,15 @@ def _digests(config: RunConfig, wanted: list[str] = LINE) -> dict[str, str]:
         ("prune.depth_selection=contiguous", AFTER_SCORE),
         ("prune.hidden_norms=[input]", AFTER_SCORE.removeprefix("score ")),
         ("eval.micro_batch_size=1", ""),
+        ("prune.reconstruct.micro_batch_size=1", ""),
+        ("prune.reconstruct.num_samples=8", AFTER_PRUNE),
+        ("prune.reconstruct.damping=0.1", AFTER_PRUNE),
+        ("prune.reconstruct.modules=[linear_fc2]", AFTER_PRUNE),
+        ("prune.reconstruct.enabled=false", AFTER_PRUNE),
         ("data.num_workers=2", ""),
         ("tracking.tensorboard=true", ""),
         ("export.dtype=bf16", "export report"),
-        (
-            "prune.hidden_size=56",
-            "prune eval_pruned distill eval_distilled baseline eval_baseline export report",
-        ),
+        ("prune.hidden_size=56", AFTER_PRUNE),
         ("distill.train.lr=2e-3", "distill eval_distilled baseline eval_baseline export report"),
         ("score.num_samples=8", AFTER_SCORE),
         ("source.random.seed=1", " ".join(LINE)),
@@ -268,9 +272,18 @@ def test_the_teachers_layout_does_not_count_and_its_content_does(base: list[str]
 
 def test_random_ranking_needs_no_scores(base: list[str]) -> None:
     needs = {stage.name: stage.needs for stage in stages_of(compose_run([*base, "prune.ranking=random"]))}
-    assert needs["prune"] == ("import",)
+    assert needs["prune"] == ("import", "data")
     needs = {stage.name: stage.needs for stage in stages_of(compose_run(base))}
-    assert needs["prune"] == ("import", "score")
+    assert needs["prune"] == ("import", "score", "data")
+
+
+def test_slicing_alone_needs_no_text_and_does_not_depend_on_how_it_would_be_fitted(base: list[str]) -> None:
+    base = [*base, "prune.reconstruct.enabled=false"]
+    needs = {stage.name: stage.needs for stage in stages_of(compose_run(base))}
+    assert (needs["prune"], needs["prune_random"]) == (("import", "score"), ("import",))
+    others = ["prune.reconstruct.damping=1", "prune.reconstruct.num_samples=8"]
+    before, after = (_digests(compose_run([*base, *more]))["prune"] for more in ([], others))
+    assert before == after
 
 
 def test_stages_of_each_verb(base: list[str]) -> None:
@@ -297,10 +310,10 @@ def test_chain_goes_down_step_by_step_with_the_original_as_teacher(base: list[st
     assert wanted == [*shared, *(f"steps/{step}/{stage}" for step in ("mid", "small") for stage in STEP)]
     assert wanted_stages("prune", config) == ["steps/mid/prune", "steps/small/prune"]
     stages = {stage.name: stage for stage in stages_of(config)}
-    assert stages["steps/mid/prune"].needs == ("import", "steps/mid/score")
+    assert stages["steps/mid/prune"].needs == ("import", "steps/mid/score", "data")
     assert stages["steps/mid/distill"].needs == ("correct", "steps/mid/prune", "data")
     assert stages["steps/small/score"].needs == ("steps/mid/distill", "data")
-    assert stages["steps/small/prune"].needs == ("steps/mid/distill", "steps/small/score")
+    assert stages["steps/small/prune"].needs == ("steps/mid/distill", "steps/small/score", "data")
     assert stages["steps/small/distill"].needs == ("correct", "steps/small/prune", "data")
     tokens = [stages[f"steps/{step}/distill"].values(config)["distill.train.num_tokens"] for step in ("mid", "small")]
     assert tokens == [5120, 2560]
@@ -355,7 +368,7 @@ def test_correction_teaches_at_a_fifth_of_the_rate_and_pruning_takes_the_origina
     config = compose_run([*base, "correction.enabled=true", "correction.num_tokens=2560"])
     assert wanted_stages("train", config) == ["correct"]
     stages = {stage.name: stage for stage in stages_of(config)}
-    assert stages["prune"].needs == ("import", "score")
+    assert stages["prune"].needs == ("import", "score", "data")
     assert stages["distill"].needs == ("correct", "prune", "data")
     values = stages["correct"].values(config)
     assert [values[f"distill.train.{key}"] for key in ("lr", "min_lr", "num_tokens")] == [2e-4, 2e-5, 2560]

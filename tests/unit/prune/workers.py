@@ -24,7 +24,9 @@ from minitron.parallel.groups import Groups, model_parallel
 from minitron.prune.calibration import score_model
 from minitron.prune.depth import measure_depth
 from minitron.prune.depth_scores import DepthScores
+from minitron.prune.least_squares import LeastSquares
 from minitron.prune.questions import Question, question_sheet
+from minitron.prune.reconstruct import reconstruction
 from minitron.prune.scores import Scores
 from minitron.prune.slicer import apply_spec
 from minitron.prune.spec import PruneSpec
@@ -135,3 +137,39 @@ def prune(spec: PruneSpec, source: Path, out: Path) -> None:
         world_size=dist.get_world_size(),
         group=dist.group.WORLD,
     )
+
+
+def reconstruct(
+    spec: PruneSpec, source: Path, out: Path, tokens_BS: torch.Tensor, config: RunConfig, micro_batch_size: int
+) -> None:
+    """Slice and fit with all ranks of a layout."""
+    CPU_LAYER.apply()
+    try:
+        with model_parallel(config.parallel, seed=1) as groups:
+            session = Session(config=config, run=RunFolder(source), groups=groups, device=Device.cpu, console=Console())
+            prepared = reconstruction(
+                spec,
+                source=source,
+                batches=lambda rank, ranks: _batches(tokens_BS, micro_batch_size, rank, ranks),
+                seq_length=tokens_BS.shape[1],
+                session=session,
+            )
+            with prepared as fitted:
+                apply_spec(
+                    spec,
+                    source=source,
+                    out=out,
+                    rank=groups.world_rank,
+                    world_size=groups.world_size,
+                    fitted=fitted,
+                )
+    finally:
+        CPU_LAYER.undo()
+
+
+def solve(inputs_TX: torch.Tensor, errors_TE: torch.Tensor, damping: float) -> torch.Tensor:
+    """Least squares with the tokens dealt over the ranks."""
+    here = slice(dist.get_rank(), None, dist.get_world_size())
+    squares = LeastSquares(inputs_TX.shape[1], errors_TE.shape[1], device=torch.device("cpu"))
+    squares.add(inputs_TX[here], errors_TE[here])
+    return squares.solve(damping, dist.group.WORLD, what="linear_fc2 of layer 3")
