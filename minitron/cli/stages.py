@@ -151,9 +151,10 @@ def _stages_of_lines(lines: list[Line]) -> list[Stage]:
 def _line_stages(config: RunConfig) -> list[Stage]:
     """The stages of one step."""
     evaluations = ["eval_teacher", "eval_pruned", "eval_distilled"]
+    scores = [] if config.prune.scores else ["score"]
     score = Stage("score", ("source", "data"), score_values, _action("score"), outside=questions_outside)
     return [
-        *([] if config.prune.scores else [score]),
+        *([score] if scores else []),
         Stage("prune", prune_needs(config), prune_values, _action("prune"), outside=scores_outside),
         _eval_stage("pruned"),
         Stage(

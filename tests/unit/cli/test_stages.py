@@ -22,15 +22,13 @@ from minitron.runtime.artefact import RunFolder
 from tests.helpers.line import LINE
 
 AFTER_PRUNE = "prune eval_pruned distill eval_distilled baseline eval_baseline export report"
+AFTER_SCORE = f"score {AFTER_PRUNE}"
 
 
 @pytest.fixture
 def base(tmp_path: Path) -> list[str]:
     (tmp_path / "text.txt").write_text("Some text.\n" * 50)
     return ["experiment=tiny", f"runs_dir={tmp_path}", "data=files", f"data.paths=[{tmp_path / 'text.txt'}]"]
-
-
-AFTER_SCORE = "score prune eval_pruned distill eval_distilled baseline eval_baseline export report"
 
 
 def _digests(config: RunConfig, wanted: list[str] = LINE) -> dict[str, str]:
