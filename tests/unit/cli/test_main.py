@@ -271,7 +271,7 @@ def test_what_does_not_fit(fails: Fails, code: int, overrides: list[str], messag
 
 def test_too_little_text(fails: Fails, tmp_path: Path) -> None:
     (tmp_path / "text.txt").write_text("x" * 100)
-    given = ["data=files", f"data.paths=[{tmp_path / 'text.txt'}]", "score.num_samples=2"]
+    given = ["data=files", f"data.paths=[{tmp_path / 'text.txt'}]", "score.num_samples=2", "prune.reconstruct.enabled=false"]
     message = fails(5, "source.kind=random", *given, "distill.train.global_batch_size=4")
     assert "text.txt: 100 bytes in 1 documents are at most 102 tokens" in message
     assert "need 162" in message  # (4 + 1) x 32, and the last label of either split
