@@ -122,8 +122,7 @@ class Scores:
         if lacking:
             have = ", ".join(norm.name for norm in HiddenNorm if norm in (*names, HiddenNorm.final))
             raise PruneError(
-                f"prune.hidden_norms names {', '.join(lacking)}, which this model's layers do not have; "
-                f"choose from {have}"
+                f"prune.hidden_norms names {', '.join(lacking)}, which this model's layers lack; choose from {have}"
             )
         chosen = [name in norms for name in names] * self.model.num_layers
         total: Floats = width.hidden[np.array(chosen)].sum(axis=0)
