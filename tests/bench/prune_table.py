@@ -50,8 +50,7 @@ BASE = [
     "name=prune-table",
     "parallel.pipeline_model_parallel_size=1",
     "score=all_aggregations",
-    "score.num_samples=256",
-    "score.micro_batch_size=4",
+    "score.num_samples=64",
     "eval.num_tokens=16384",
     "report.sample_tokens=0",
 ]
