@@ -33,7 +33,7 @@ class ReconstructConfig:
     """Calibration sequences, over all ranks: the first of the training split that the run's seed gives."""
     micro_batch_size: int = 4
     """Sequences in one forward pass of one rank; the result does not depend on it."""
-    damping: float = 0.01
+    damping: float = 0.1
     """Pulls towards the sliced weights; in units of the mean square of a linear's inputs."""
     modules: list[Linear] = field(default_factory=lambda: list(Linear))
     """What to fit."""
@@ -44,7 +44,7 @@ class ReconstructConfig:
             if getattr(self, name) < 1:
                 raise ConfigError(f"prune.reconstruct.{name}={getattr(self, name)} must be at least 1")
         if not (self.damping > 0 and math.isfinite(self.damping)):
-            raise ConfigError(f"prune.reconstruct.damping={self.damping} must be a number above 0, such as 0.01")
+            raise ConfigError(f"prune.reconstruct.damping={self.damping} must be a number above 0, such as 0.1")
         names = [module.value for module in self.modules]
         if not names or len(set(names)) < len(names):
             raise ConfigError(
