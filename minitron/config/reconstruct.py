@@ -8,7 +8,7 @@ from minitron.errors import ConfigError
 
 
 class Linear(StrEnum):
-    """The linears of a layer that can be fitted, by Megatron's names."""
+    """The linears that can be fitted, by Megatron's names; all but the last are in every layer."""
 
     linear_qkv = "linear_qkv"
     """Reads the normed hidden channels; fitted to the source's queries, keys and values."""
@@ -18,6 +18,9 @@ class Linear(StrEnum):
     """Reads the normed hidden channels; fitted to the source's gate and up projections."""
     linear_fc2 = "linear_fc2"
     """Writes the neurons into the residual stream; fitted to the source's stream behind it."""
+    output_layer = "output_layer"
+    """Reads the final normed hidden channels; fitted to the source's logits. Where it is tied to the embedding both
+    stay as they were sliced, and the final norm's weight is fitted to the logits instead."""
 
 
 @dataclass(kw_only=True)
@@ -30,10 +33,10 @@ class ReconstructConfig:
     """Calibration sequences, over all ranks: the first of the training split that the run's seed gives."""
     micro_batch_size: int = 4
     """Sequences in one forward pass of one rank; the result does not depend on it."""
-    damping: float = 0.01
+    damping: float = 0.1
     """Pulls towards the sliced weights; in units of the mean square of a linear's inputs."""
     modules: list[Linear] = field(default_factory=lambda: list(Linear))
-    """What to fit in every layer."""
+    """What to fit."""
 
     def __post_init__(self) -> None:
         """Check every value by itself."""
@@ -41,7 +44,7 @@ class ReconstructConfig:
             if getattr(self, name) < 1:
                 raise ConfigError(f"prune.reconstruct.{name}={getattr(self, name)} must be at least 1")
         if not (self.damping > 0 and math.isfinite(self.damping)):
-            raise ConfigError(f"prune.reconstruct.damping={self.damping} must be a number above 0, such as 0.01")
+            raise ConfigError(f"prune.reconstruct.damping={self.damping} must be a number above 0, such as 0.1")
         names = [module.value for module in self.modules]
         if not names or len(set(names)) < len(names):
             raise ConfigError(

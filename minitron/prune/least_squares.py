@@ -35,6 +35,23 @@ class LeastSquares:
         self.gram_XX += inputs_TX.T @ inputs_TX
         self.cross_XE += inputs_TX.T @ _flat(errors_TE)
 
+    def of_scales(self, within_XX: Tensor, between_XE: Tensor) -> "LeastSquares":
+        """Another problem from the same sums: scale each input by ``1 + d`` in front of a fixed linear A.
+
+        The errors seen by ``B``, ``min |E B^T - X diag(d) A^T|^2 + damping |d|^2``.
+
+        Args:
+            within_XX: ``A^T A``.
+            between_XE: ``A^T B``.
+
+        Returns:
+            A problem whose solution is d, ``[1, X]``.
+        """
+        scales = LeastSquares(len(self.gram_XX), 1, device=self.gram_XX.device)
+        scales.gram_XX = self.gram_XX * within_XX
+        scales.cross_XE = (self.cross_XE * between_XE).sum(dim=1, keepdim=True)
+        return scales
+
     def solve(self, damping: float, group: ProcessGroup, *, what: str) -> Tensor:
         """Sum over the ranks, solve on the first, and give all the same bits. Uses the sums up.
 

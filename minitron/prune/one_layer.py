@@ -43,7 +43,7 @@ HALVES = (ATTENTION, MLP)
 
 
 class OneLayer:
-    """A layer of a model that never is in memory as a whole.
+    """A layer, and the final norm, of a model that never is in memory as a whole.
 
     Args:
         model: The whole model's architecture.
@@ -67,6 +67,7 @@ class OneLayer:
         shell = replace(model, num_layers=1, vocab_size=1, share_embeddings_and_output_weights=True)
         (chunk,) = build_gpt(shell, parallel, precision, groups, device=device, local_spec=True)
         self._layer: nn.Module = chunk.decoder.layers[0].eval()
+        self._final_norm: nn.Module = chunk.decoder.final_layernorm
         self._weights: dict[str, Tensor] = {
             shard.key: shard.data for shard in chunk.sharded_state_dict().values() if isinstance(shard.data, Tensor)
         }
@@ -81,6 +82,11 @@ class OneLayer:
     def normed(self, half: Half, hidden_SBH: Tensor) -> Tensor:
         """What the reader of a half reads."""
         normed_SBH: Tensor = self._layer.get_submodule(half.norm)(hidden_SBH.to(self._dtype))
+        return normed_SBH
+
+    def final_normed(self, hidden_SBH: Tensor) -> Tensor:
+        """What the output layer reads."""
+        normed_SBH: Tensor = self._final_norm(hidden_SBH.to(self._dtype))
         return normed_SBH
 
     def run(self, half: Half, normed_SBH: Tensor) -> tuple[Tensor, Tensor]:

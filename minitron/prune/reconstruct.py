@@ -9,6 +9,8 @@ the best kept weights are least-squares solutions (`least_squares`):
   ``min |x W^T - z V^T|^2 + damping |V - W_K|^2`` over V.
 * A writer (``linear_proj``, ``linear_fc2``) is fitted to what the pruned model's stream lacks to be the source's, in
   the kept channels, after the half layer, and after the dropped layers that follow it.
+* The output layer is one more reader. Tied to the embedding it cannot change; then the final norm's weight, one scale
+  for each channel in front of it, is fitted to the source's logits.
 
 Both streams are carried down the network together: the source's, and that of the pruned model with all that is fitted
 above, so errors are corrected and do not add up. Every rank holds one layer of each model at a time and its own share
@@ -18,6 +20,7 @@ of the calibration sequences, whatever the layout of the job; the sums are added
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -29,7 +32,7 @@ from minitron.checkpoint.store import CheckpointReader
 from minitron.config.parallel import ParallelConfig
 from minitron.config.reconstruct import Linear, ReconstructConfig
 from minitron.data.batch import Batch
-from minitron.models.axes import ParamAxes, kept_positions, layer_shape, params_of
+from minitron.models.axes import OUTPUT_LAYER_KEY, ParamAxes, kept_positions, layer_shape, params_of
 from minitron.parallel.groups import second_layout
 from minitron.prune.least_squares import LeastSquares
 from minitron.prune.one_layer import HALVES, MLP, Half, OneLayer
@@ -38,6 +41,7 @@ from minitron.prune.spec import PruneSpec
 from minitron.runtime.session import Session
 
 EMBEDDING_KEY = "embedding.word_embeddings.weight"
+FINAL_NORM_KEY = "decoder.final_layernorm.weight"
 
 
 @dataclass
@@ -136,10 +140,13 @@ class Reconstruction:
         self._group = group
         self._device = device
         self._on_progress = on_progress
-        self._params = {param.key: param for param in params_of(spec.source) if param.stacked}
+        params = {param.key: param for param in params_of(spec.source)}
+        self._params = {key: param for key, param in params.items() if param.stacked}
         self._hidden = torch.tensor(spec.hidden, device=device)
         linears = [(half, linear) for half in HALVES for linear in (half.reader, half.writer)]
-        self.keys: Collection[str] = {half.key(linear) for half, linear in linears if self._has(linear)}
+        keys = {half.key(linear) for half, linear in linears if self._has(linear)}
+        self._output = params.get(OUTPUT_LAYER_KEY, params[FINAL_NORM_KEY])
+        self.keys: Collection[str] = keys | ({self._output.key} if self._has(Linear.output_layer) else set())
 
     def _has(self, linear: Linear) -> bool:
         return linear in self._fits
@@ -154,6 +161,8 @@ class Reconstruction:
                 yield SliceItem(self._params[key], kept), weight
             if self._on_progress is not None:
                 self._on_progress(kept + 1, len(self._spec.layers))
+        if self._has(Linear.output_layer):
+            yield from self._fit_output(states)
 
     def _fit_layer(self, kept: int, states: list[_State]) -> dict[str, Tensor]:
         """Fit a kept layer and carry both streams through it, the source's also through what is dropped behind it."""
@@ -185,12 +194,7 @@ class Reconstruction:
         the sums, which are then of the hidden size.
         """
         param = self._params[half.key(half.reader)]
-        squares = self._least_squares(self._spec.target.hidden_size, self._spec.source.hidden_size)
-        for state in states:
-            kept_SBK = self._pruned.normed(half, state.pruned_SBK)
-            missing_SBH = self._source.normed(half, state.source_SBH).float()
-            missing_SBH[..., self._hidden] -= kept_SBK.float()
-            squares.add(kept_SBK, missing_SBH)
+        squares = self._missing(partial(self._source.normed, half), partial(self._pruned.normed, half), states)
         correction_HK = squares.solve(self._damping, self._group, what=self._name(half.reader, kept))
         rows = kept_positions(param.dims[0], self._spec.source, self._spec.kept(kept))
         rows_XH = whole[torch.from_numpy(rows)].to(self._device).float()
@@ -216,6 +220,50 @@ class Reconstruction:
             state.pruned_SBK += self._pruned.write(half, state.inside_SBX)
             state.inside_SBX = None
         return weight
+
+    def _fit_output(self, states: list[_State]) -> Iterator[tuple[SliceItem, Tensor]]:
+        """Fit the output layer, a chunk of rows at a time, or the scales in front of one that is the embedding."""
+        self._source.load({FINAL_NORM_KEY: self._reader.read(FINAL_NORM_KEY)})
+        sliced = self._reader.read(FINAL_NORM_KEY)[self._spec.hidden]
+        self._pruned.load({FINAL_NORM_KEY: sliced})
+        squares = self._missing(self._source.final_normed, self._pruned.final_normed, states)
+        if self._output.key == OUTPUT_LAYER_KEY:
+            correction_HK = squares.solve(self._damping, self._group, what="the output layer")
+            for first, rows_VH in self._rows(OUTPUT_LAYER_KEY):
+                kept_VK = rows_VH[:, self._spec.hidden]
+                item = SliceItem(self._output, None, (first, len(rows_VH)))
+                yield item, _corrected(kept_VK, rows_VH.to(self._device).float() @ correction_HK)
+            return
+        between_KH = self._embedding_products()
+        squares = squares.of_scales(between_KH[:, self._hidden], between_KH)
+        scales_1K = 1 + squares.solve(self._damping, self._group, what="the final norm")
+        yield SliceItem(self._output, None), (sliced.float() * scales_1K[0].to(sliced.device)).to(sliced.dtype)
+
+    def _embedding_products(self) -> Tensor:
+        """``[K, H]``: products of the embedding's kept columns with all, their means taken off.
+
+        A softmax does not see what is added to all logits of a token.
+        """
+        num_hidden, num_rows = self._spec.source.hidden_size, self._spec.source.vocab_size
+        products_HH = torch.zeros(num_hidden, num_hidden, dtype=torch.float64, device=self._device)
+        mean_H = torch.zeros(num_hidden, dtype=torch.float64, device=self._device)
+        for _, rows_VH in self._rows(EMBEDDING_KEY):
+            here_VH = rows_VH.to(self._device).float()
+            products_HH += here_VH.T @ here_VH
+            mean_H += here_VH.sum(dim=0, dtype=torch.float64) / num_rows
+        return (products_HH - num_rows * torch.outer(mean_H, mean_H))[self._hidden]
+
+    def _missing(
+        self, source_normed: Callable[[Tensor], Tensor], pruned_normed: Callable[[Tensor], Tensor], states: list[_State]
+    ) -> LeastSquares:
+        """Sums of what a linear lacks that reads the pruned model's normed channels in place of the source's."""
+        squares = self._least_squares(self._spec.target.hidden_size, self._spec.source.hidden_size)
+        for state in states:
+            kept_SBK = pruned_normed(state.pruned_SBK)
+            missing_SBH = source_normed(state.source_SBH).float()
+            missing_SBH[..., self._hidden] -= kept_SBK.float()
+            squares.add(kept_SBK, missing_SBH)
+        return squares
 
     def _pass_through(self, layers: range, states: list[_State]) -> None:
         """Carry the source's stream through layers that the pruned model does not have."""
@@ -243,18 +291,22 @@ class Reconstruction:
         shape = layer_shape(param, self._spec.source)
         return self._reader.read(param.key, (layer, *[0] * len(shape)), (1, *shape)).squeeze(0)
 
+    def _rows(self, key: str) -> Iterator[tuple[int, Tensor]]:
+        """Chunks of the rows of an embedding or output layer of the source, each with its first row."""
+        width, vocab = self._spec.source.hidden_size, self._spec.source.vocab_size
+        step = max(1, CHUNK_BYTES // (4 * width))
+        for first in range(0, vocab, step):
+            yield first, self._reader.read(key, (first, 0), (min(step, vocab - first), width))
+
     def _embedded(self) -> list[_State]:
         """The streams where they begin; rows that only fill up a micro-batch are left out."""
         tokens = [batch.tokens_BS[batch.loss_mask_BS.amax(dim=1) > 0].T for batch in self._batches]
         tokens = [tokens_SB for tokens_SB in tokens if tokens_SB.numel()]
-        width, vocab = self._spec.source.hidden_size, self._spec.source.vocab_size
-        hidden = [torch.zeros(*tokens_SB.shape, width) for tokens_SB in tokens]
-        step = max(1, CHUNK_BYTES // (4 * width))
-        for first in range(0, vocab, step):
-            rows_VH = self._reader.read(EMBEDDING_KEY, (first, 0), (min(step, vocab - first), width)).float()
+        hidden = [torch.zeros(*tokens_SB.shape, self._spec.source.hidden_size) for tokens_SB in tokens]
+        for first, rows_VH in self._rows(EMBEDDING_KEY):
             for tokens_SB, hidden_SBH in zip(tokens, hidden, strict=True):
                 here = (tokens_SB >= first) & (tokens_SB < first + len(rows_VH))
-                hidden_SBH[here] = rows_VH[tokens_SB[here] - first]
+                hidden_SBH[here] = rows_VH[tokens_SB[here] - first].float()
         whole = [hidden_SBH.to(self._device) for hidden_SBH in hidden]
         return [_State(hidden_SBH, hidden_SBH[..., self._hidden]) for hidden_SBH in whole]
 

@@ -3,7 +3,7 @@
 SmolLM2-135M, cut to two shapes: units kept at random, by each of paper 1's nine aggregations, and by the default with
 the kept weights fitted (`minitron.prune.reconstruct`). Scores and fits are made on the demo's training text, losses on
 its held-out text. Overrides of the demo's configuration are passed on: ``runs_dir=...``,
-``prune.reconstruct.num_samples=...``. Rows are kept in ``<runs_dir>/<name>/table.json`` by what decides them: with
+``prune.reconstruct.damping=...``. Rows are kept in ``<runs_dir>/<name>/table.json`` by what decides them: with
 ``--minutes`` the command stops in time, and goes on when it is given again.
 
 The first shape, hidden 448 with 9 heads, is one that transformers refuses in a LlamaConfig, though nothing in the model
@@ -13,7 +13,6 @@ needs that. It is measured without export: the source is relabelled as a Mistral
 import argparse
 import json
 import shutil
-import subprocess
 import sys
 import tempfile
 import time
@@ -27,6 +26,7 @@ from rich.console import Console
 from rich.table import Table
 
 from minitron.checkpoint.folder import SIDE_DIR, WEIGHTS_DIR, read_model_config, side_dir, write_model_config
+from minitron.cli.main import main as minitron
 from minitron.compat.cpu import CPU_LAYER
 from minitron.config.compose import compose_run, flat_values
 from minitron.config.model import Architecture
@@ -50,24 +50,30 @@ BASE = [
     "name=prune-table",
     "parallel.pipeline_model_parallel_size=1",
     "score=all_aggregations",
-    "score.num_samples=256",
-    "score.micro_batch_size=4",
-    "eval.num_tokens=16384",
+    "score.num_samples=64",
+    "eval.num_tokens=8192",
     "report.sample_tokens=0",
 ]
 SLICED = ReconstructConfig(enabled=False)
+NUM_SAMPLES = (64, 16, 256)
+"""Sequences to fit on."""
 
 
 def rows(config: RunConfig) -> Iterator[tuple[str, str, PruneConfig]]:
-    """Shape, name and settings of every row."""
-    fit = config.prune.reconstruct
-    for shape, sizes in SHAPES.items():
-        sliced = PruneConfig(**sizes, reconstruct=SLICED)  # type: ignore[arg-type]
-        default = sliced.aggregation
-        yield shape, "random", replace(sliced, ranking=Ranking.random)
-        for aggregation in (default, *(other for other in Aggregation if other is not default)):
-            yield shape, aggregation.value, replace(sliced, aggregation=aggregation)
-        yield shape, f"{default.value}, reconstructed", replace(sliced, reconstruct=replace(fit, enabled=True))
+    """Shape, name and settings of every row, those that matter most first."""
+    fit = replace(config.prune.reconstruct, enabled=True)
+    sliced = {shape: PruneConfig(**sizes, reconstruct=SLICED) for shape, sizes in SHAPES.items()}  # type: ignore[arg-type]
+    default = PruneConfig().aggregation
+    for num_samples in NUM_SAMPLES:
+        for shape, settings in sliced.items():
+            yield shape, default.value, settings
+            name = f"{default.value}, fitted on {num_samples * config.data.seq_length:,} tokens"
+            yield shape, name, replace(settings, reconstruct=replace(fit, num_samples=num_samples))
+    for shape, settings in sliced.items():
+        yield shape, "random", replace(settings, ranking=Ranking.random)
+    for aggregation in Aggregation:
+        for shape, settings in sliced.items():
+            yield shape, aggregation.value, replace(settings, aggregation=aggregation)
 
 
 def relabelled(source: Path, out: Path) -> Path:
@@ -150,7 +156,8 @@ def main() -> None:
     config = compose_run([*BASE, *overrides])
     run = RunFolder(Path(config.runs_dir) / config.name)
     for stage in ("import", "data", "score"):
-        subprocess.run([sys.executable, "-m", "minitron.cli.main", stage, *BASE, *overrides], check=True)
+        if code := minitron([stage, *BASE, *overrides]):
+            sys.exit(code)
     with tempfile.TemporaryDirectory() as store:
         torch.distributed.init_process_group("gloo", init_method=f"file://{store}/store", rank=0, world_size=1)
         CPU_LAYER.apply()

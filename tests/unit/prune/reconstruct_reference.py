@@ -11,6 +11,7 @@ from minitron.prune.spec import PruneSpec
 from tests.unit.prune.reference import rows_of
 
 QKV, PROJ = "self_attention.linear_qkv.weight", "self_attention.linear_proj.weight"
+FINAL_NORM = "decoder.final_layernorm.weight"
 FC1, FC2 = "mlp.linear_fc1.weight", "mlp.linear_fc2.weight"
 HALVES = (
     (QKV, "self_attention.linear_qkv.layer_norm_weight", PROJ),
@@ -120,4 +121,29 @@ def reconstruct(
             pruned = pruned + read @ part[writer].T
             for key in (reader, writer):
                 fitted.setdefault(f"decoder.layers.{key}", []).append(part[key])
-    return {key: torch.stack(layers) for key, layers in fitted.items()}
+    result = {key: torch.stack(layers) for key, layers in fitted.items()}
+    if "output_layer" in modules:
+        scale = tensors[FINAL_NORM].double()
+        key, weight = fit_output(
+            tensors, norm(stream, scale, source), norm(pruned, scale[hidden], target), spec, damping
+        )
+        result[key] = weight
+    return result
+
+
+def fit_output(
+    tensors: Mapping[str, Tensor], wanted: Tensor, normed: Tensor, spec: PruneSpec, damping: float
+) -> tuple[str, Tensor]:
+    """Key and weight of what is fitted to the logits."""
+    hidden = torch.tensor(spec.hidden)
+    if not spec.source.share_embeddings_and_output_weights:
+        rows = tensors["output_layer.weight"].double()
+        return "output_layer.weight", ridge(normed, wanted @ rows.T, rows[:, hidden], damping)
+    rows = tensors["embedding.word_embeddings.weight"].double()
+    rows = rows - rows.mean(0)
+    # One row for each logit of each token, one column for each channel's scale.
+    design = (normed.flatten(0, 1)[:, None, :] * rows[None, :, hidden]).flatten(0, 1)
+    logits = (wanted @ rows.T).flatten()
+    root = (damping * design.square().sum(0).mean()).sqrt() * torch.eye(len(hidden), dtype=torch.float64)
+    scales = torch.linalg.lstsq(torch.cat([design, root]), torch.cat([logits, root.sum(0)])[:, None]).solution
+    return FINAL_NORM, tensors[FINAL_NORM].double()[hidden] * scales[:, 0]
