@@ -16,6 +16,7 @@ from minitron.config.parallel import check_layout
 from minitron.config.prune import check_target
 from minitron.config.run import RunConfig, SourceKind
 from minitron.config.teacher_layout import own_layout
+from minitron.data.sources import check_enough_text
 from minitron.errors import ConfigError, ModelError
 from minitron.models.hf_import import inspect_source
 from minitron.models.random_source import random_model
@@ -49,6 +50,8 @@ def run_job(verb: str, config: RunConfig, env: DistEnv | None) -> int:
         if config.tracking.wandb:
             wandb_mode()
         wanted = wanted_stages(verb, config)
+        if "data" in wanted:
+            check_text(config)
     console = Console(soft_wrap=True)
     if env is not None:  # torchrun started us: this process is one rank, and rank 0 plans
         if env.rank == 0:
@@ -187,6 +190,18 @@ def check_models(config: RunConfig) -> None:
             raise ModelError(
                 f"data.seq_length={config.data.seq_length} is longer than the model's {longest} positions; lower it"
             )
+
+
+def check_text(config: RunConfig) -> None:
+    """Check that there is text at all, and enough of it to start, before any work does.
+
+    How many tokens it has, only the data stage can tell: it checks again.
+
+    Raises:
+        DataError: With the arithmetic.
+    """
+    sequences = config.least_train_sequences + 1  # and one held out
+    check_enough_text(config.data, num_tokens=sequences * config.data.seq_length + 2)
 
 
 def source_model(config: RunConfig) -> ModelConfig:
