@@ -8,7 +8,7 @@ from rich.console import Console
 from minitron.checkpoint.folder import MODEL_FILE, is_checkpoint_folder, read_model_config
 from minitron.cli.stages import lines_of, needs_cache, stages_of
 from minitron.cli.turn import in_turn
-from minitron.cli.worker import run_rank
+from minitron.cli.worker import PREFLIGHT, run_rank
 from minitron.config.compose import load_resolved, to_yaml
 from minitron.config.intermediate import find_matches
 from minitron.config.model import ModelConfig
@@ -73,6 +73,23 @@ def run_job(verb: str, config: RunConfig, env: DistEnv | None) -> int:
             return code
     _show_end(run, wanted, config, console)
     return 0
+
+
+def run_preflight(config: RunConfig, env: DistEnv | None) -> int:
+    """Check the machines of a run; the ranks are started for it unless torchrun has.
+
+    Args:
+        config: The composed configuration.
+        env: This process's rank when torchrun started it, else None.
+
+    Returns:
+        Exit code.
+    """
+    if env is not None:
+        run_rank(config, [PREFLIGHT], env)
+        return 0
+    resolved = _write_resolved(RunFolder(Path(config.runs_dir) / config.name), config)
+    return launch_local([str(resolved), PREFLIGHT, "{}"], num_ranks=config.parallel.num_ranks)
 
 
 def wanted_stages(verb: str, config: RunConfig) -> list[str]:
@@ -197,7 +214,10 @@ def source_model(config: RunConfig) -> ModelConfig:
     """Architecture of the model to compress, every cheap check made."""
     if config.source.kind is SourceKind.path:
         assert config.source.path is not None  # checked when composed
-        return inspect_source(Path(config.source.path)).model
+        model = inspect_source(Path(config.source.path)).model
+        if config.source.model is not None:
+            model.check_sizes(config.source.model, f"source.path={config.source.path}")
+        return model
     return random_model(config.source.random)
 
 

@@ -29,6 +29,11 @@ VERBS: dict[str, tuple[str, str]] = {
     "ablate": ("the papers' five recipes at equal tokens, and a longer run from scratch", "ablation, distill"),
     "eval": ("held-out loss and perplexity; the unpruned teacher first", "eval"),
     "export": ("the distilled checkpoint -> a Hugging Face folder, reloaded and compared", "export"),
+    "plan": (
+        "memory, layout, tokens, steps, FLOPs, GPU-hours; needs no GPU and no weights",
+        "plan, parallel",
+    ),
+    "preflight": ("check devices, links, disk and clocks of all ranks before a run", "preflight, parallel"),
     "report": ("table, plots and report.html from what is done", "report"),
 }
 """Each verb: what it does, and the sections of the configuration it reads most."""
@@ -118,8 +123,14 @@ def _run(verb: str, overrides: list[str], env: DistEnv | None, *, print_config: 
         if verb == "eval" and config.eval.checkpoint and not Path(config.eval.checkpoint).exists():
             raise ConfigError(f"eval.checkpoint={config.eval.checkpoint} does not exist")
 
-    from minitron.cli.job import run_job
+    if verb == "plan":
+        from minitron.cli.planning import run_plan
 
+        return run_plan(config)
+    from minitron.cli.job import run_job, run_preflight
+
+    if verb == "preflight":
+        return run_preflight(config, env)
     return run_job(verb, config, env)
 
 

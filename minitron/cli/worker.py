@@ -18,6 +18,9 @@ from minitron.pipeline import OutsideHashes, Planned, plan_stages, run_stages
 from minitron.runtime.artefact import RunFolder
 from minitron.runtime.env import DistEnv, dist_env
 
+PREFLIGHT = "preflight"
+"""In the place of stages: check the machines, run nothing."""
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run stages on this rank.
@@ -51,6 +54,11 @@ def run_rank(config: RunConfig, wanted: Sequence[str], env: DistEnv, *, outside:
         outside: See `plan_stages`.
     """
     _quiet()
+    if list(wanted) == [PREFLIGHT]:
+        from minitron.cli.preflight import check_rank
+
+        check_rank(config, env)
+        return
     import torch
 
     from minitron.parallel.groups import model_parallel

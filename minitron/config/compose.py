@@ -15,6 +15,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 import minitron
 from minitron.config.run import RunConfig
+from minitron.config.scale import scaled
 from minitron.config.store import register
 from minitron.config.validate import validate
 from minitron.errors import ConfigError, MinitronError, ModelError
@@ -57,6 +58,7 @@ def compose_run(overrides: Sequence[str]) -> RunConfig:
         except (HydraException, OmegaConfBaseException, ValueError) as error:  # ValueError: a group set to a number
             _raise_in_one_line(error)
     assert isinstance(run, RunConfig)
+    run = scaled(run)
     validate(run)
     return run
 

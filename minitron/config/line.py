@@ -13,8 +13,8 @@ from minitron.errors import ConfigError
 class CorrectionConfig:
     """Teacher correction: the unpruned model is trained on the distillation text before it teaches.
 
-    Pruning still takes the original, which the papers found to be as good (arXiv 2408.11796, figure 5). Batch,
-    warm-up and optimizer are those of ``distill.train``.
+    Pruning still takes the original, which the papers found to be as good (arXiv 2408.11796, figure 5). Batch and
+    optimizer are those of ``distill.train``.
     """
 
     enabled: bool = False
@@ -23,6 +23,8 @@ class CorrectionConfig:
     """Tokens to correct on; null takes ``distill.train.num_tokens``."""
     lr_scale: float = 0.2
     """Learning rates relative to ``distill.train``: a fifth of the peak, as in the papers."""
+    lr_warmup_steps: int | None = None
+    """Linear warm-up, in optimizer steps (the papers: 120); null takes that of ``distill.train``."""
 
     def __post_init__(self) -> None:
         """Refuse values that cannot work."""
@@ -30,6 +32,8 @@ class CorrectionConfig:
             raise ConfigError(f"correction.lr_scale={self.lr_scale} must be a number above 0, such as 0.2")
         if self.num_tokens is not None and self.num_tokens < 1:
             raise ConfigError(f"correction.num_tokens={self.num_tokens} must be at least 1, or null")
+        if self.lr_warmup_steps is not None and self.lr_warmup_steps < 0:
+            raise ConfigError(f"correction.lr_warmup_steps={self.lr_warmup_steps} must be at least 0, or null")
 
 
 @dataclass(kw_only=True)

@@ -74,6 +74,32 @@ class ModelConfig:
         """Query heads that share one key and value head."""
         return self.num_attention_heads // self.num_query_groups
 
+    def check_sizes(self, expected: "ModelConfig", who: str) -> None:
+        """Refuse a model that is not the expected one. What does not change a weight's shape is not compared.
+
+        Args:
+            expected: The model that it should be.
+            who: Name of this one in the message.
+
+        Raises:
+            ModelError: With the sizes that differ.
+        """
+        names = (
+            "num_layers",
+            "hidden_size",
+            "ffn_hidden_size",
+            "num_attention_heads",
+            "num_query_groups",
+            "kv_channels",
+        )
+        differ = [name for name in names if getattr(self, name) != getattr(expected, name)]
+        if differ:
+            have, want = (", ".join(f"{n}={getattr(m, n)}" for n in differ) for m in (self, expected))
+            raise ModelError(
+                f"{who} has {have}, but source.model describes a model of {want}; give the right folder, or "
+                "source.model=null"
+            )
+
     def loadable_hidden_sizes(self) -> list[int]:
         """The nearest hidden sizes that transformers loads; empty where the model's own is one.
 

@@ -237,5 +237,10 @@ def stage_layers(num_layers: int, num_stages: int) -> list[int]:
     return best
 
 
+def padded_vocab_size(vocab_size: int, tensor_model_parallel_size: int) -> int:
+    """Vocabulary rounded up so that every tensor-parallel rank holds as many rows."""
+    return -(-vocab_size // tensor_model_parallel_size) * tensor_model_parallel_size
+
+
 def _divisors(size: int, largest: int = 16) -> str:
     return ", ".join(str(d) for d in range(1, min(size, largest) + 1) if size % d == 0)

@@ -6,9 +6,13 @@ from enum import StrEnum
 from minitron.config.data import DataConfig
 from minitron.config.distill import DistillConfig
 from minitron.config.line import AblationConfig, ChainStepConfig, CorrectionConfig
+from minitron.config.model import Architecture, ModelConfig
 from minitron.config.parallel import ParallelConfig
+from minitron.config.plan import PlanConfig
 from minitron.config.precision import Dtype, PrecisionConfig
+from minitron.config.preflight import PreflightConfig
 from minitron.config.prune import PruneConfig
+from minitron.config.scale import ScaleConfig
 from minitron.config.score import ScoreConfig
 from minitron.config.teacher_logits import TeacherLogitsConfig
 from minitron.errors import ConfigError
@@ -46,14 +50,18 @@ class SourceKind(StrEnum):
 
 @dataclass(kw_only=True)
 class RandomModelConfig:
-    """A tiny Llama with random weights and a byte tokenizer, for tests and dry runs."""
+    """A tiny model with random weights and a byte tokenizer, for tests and dry runs."""
 
+    architecture: Architecture = Architecture.llama
     num_layers: int = 4
     hidden_size: int = 64
     ffn_hidden_size: int = 128
     num_attention_heads: int = 8
     num_query_groups: int = 4
+    kv_channels: int | None = None
+    """Size of a head; null is hidden_size / num_attention_heads."""
     max_position_embeddings: int = 256
+    share_embeddings_and_output_weights: bool = True
     seed: int = 0
 
 
@@ -65,6 +73,9 @@ class SourceConfig:
     """``path`` reads a Hugging Face folder or a GGUF file; ``random`` makes a tiny random model."""
     path: str | None = None
     """A Hugging Face folder (config.json, safetensors, tokenizer) or a .gguf file."""
+    model: ModelConfig | None = None
+    """Published shape of the model at ``path`` (the group ``model=``): `minitron plan` takes it where the path is not
+    on this machine, and a path with another shape is refused."""
     dtype: SourceDtype = SourceDtype.auto
     """Number format of the checkpoint that import writes: ``auto`` is bf16 where the source is, else fp32."""
     random: RandomModelConfig = field(default_factory=RandomModelConfig)
@@ -156,6 +167,9 @@ class RunConfig:
     export: ExportConfig = field(default_factory=ExportConfig)
     report: ReportConfig = field(default_factory=ReportConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
+    scale: ScaleConfig = field(default_factory=ScaleConfig)
+    plan: PlanConfig = field(default_factory=PlanConfig)
+    preflight: PreflightConfig = field(default_factory=PreflightConfig)
 
     def __post_init__(self) -> None:
         """Check what concerns no other section."""

@@ -6,7 +6,9 @@ from minitron.config.data import DataConfig
 from minitron.config.distill import DistillConfig
 from minitron.config.line import AblationConfig, CorrectionConfig
 from minitron.config.parallel import ParallelConfig
+from minitron.config.plan import PlanConfig
 from minitron.config.precision import PrecisionConfig
+from minitron.config.preflight import PreflightConfig
 from minitron.config.prune import PruneConfig
 from minitron.config.run import (
     BaselineConfig,
@@ -17,6 +19,7 @@ from minitron.config.run import (
     SourceConfig,
     TrackingConfig,
 )
+from minitron.config.scale import ScaleConfig
 from minitron.config.score import ScoreConfig
 from minitron.config.teacher_logits import TeacherLogitsConfig
 
@@ -36,6 +39,9 @@ GROUPS: dict[str, type] = {
     "export": ExportConfig,
     "report": ReportConfig,
     "tracking": TrackingConfig,
+    "scale": ScaleConfig,
+    "plan": PlanConfig,
+    "preflight": PreflightConfig,
 }
 """Group folders in ``conf/`` whose files start from a schema of the same name."""
 

@@ -48,7 +48,9 @@ def settings_of(config: RunConfig, stage: str) -> TrainConfig:
     if stage == "scratch_long":
         return replace(train, num_tokens=round(config.ablation.from_scratch_times * train.num_tokens))
     if stage == "correct":
-        scale = config.correction.lr_scale
+        scale, warmup = config.correction.lr_scale, config.correction.lr_warmup_steps
+        if warmup is not None:
+            train = replace(train, lr_warmup_steps=warmup, lr_warmup_tokens=0)
         return replace(
             train,
             num_tokens=train.num_tokens if config.correction.num_tokens is None else config.correction.num_tokens,

@@ -17,13 +17,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from minitron.config.parallel import padded_vocab_size
 from minitron.config.precision import PrecisionConfig
 from minitron.config.teacher_layout import TeacherLayout
 from minitron.data.batch import Batch
 from minitron.distill.teacher import Signal, freeze
 from minitron.models.gpt import Chunks, FinalState
 from minitron.models.load import load_gpt, load_output_rows
-from minitron.models.transformer_config import TORCH_DTYPE, padded_vocab_size
+from minitron.models.transformer_config import TORCH_DTYPE
 from minitron.parallel.groups import Groups, SecondLayout, second_layout
 from minitron.runtime.session import Session
 from minitron.train.heldout import forward_only

@@ -8,6 +8,7 @@ from pathlib import Path
 from minitron.checkpoint.folder import read_model_config
 from minitron.config.distill import TeacherSource
 from minitron.config.model import ModelConfig
+from minitron.config.parallel import padded_vocab_size
 from minitron.config.precision import PrecisionConfig
 from minitron.config.teacher_layout import own_layout
 from minitron.config.train import TrainConfig
@@ -23,7 +24,6 @@ from minitron.errors import ArtefactError
 from minitron.models.axes import num_parameters
 from minitron.models.gpt import Chunks
 from minitron.models.load import load_gpt
-from minitron.models.transformer_config import padded_vocab_size
 from minitron.runtime.session import Session
 from minitron.train.run import StartingPoint, train_to_folder
 

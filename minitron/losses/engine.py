@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from minitron.config.logit_loss import CUDA_BLOCK_BYTES, CUDA_CHUNK_BYTES
 from minitron.errors import ConfigError
 from minitron.losses.divergence import Divergence, Scratch, Target
 from minitron.losses.vocab import VocabShard
@@ -95,7 +96,7 @@ def choose_chunk_tokens(chunk_tokens: int | None, hidden_TH: Tensor, vocab: Voca
         ConfigError: the wish is not positive.
     """
     if chunk_tokens is None:
-        budget = (32 if hidden_TH.device.type == "cpu" else 256) * _MIB
+        budget = 32 * _MIB if hidden_TH.device.type == "cpu" else CUDA_CHUNK_BYTES
         return max(16, budget // (hidden_TH.dtype.itemsize * vocab.num_columns) // 16 * 16)
     if chunk_tokens < 1:
         raise ConfigError(f"chunk_tokens is {chunk_tokens}, expected at least 1, or None to choose by itself")
@@ -212,5 +213,5 @@ def _scale(grad: Tensor, grad_loss: Tensor) -> Tensor:
 def _block_tokens(logits_Tv: Tensor, vocab: VocabShard, dtype: torch.dtype) -> int:
     """Tokens per block: what stays in the cache of a lone CPU rank, else few launches and collectives."""
     cpu_bytes = 3 * _MIB // 8 * torch.get_num_threads() if vocab.num_ranks == 1 else 8 * _MIB
-    budget = cpu_bytes if logits_Tv.device.type == "cpu" else 64 * _MIB
+    budget = cpu_bytes if logits_Tv.device.type == "cpu" else CUDA_BLOCK_BYTES
     return max(1, budget // (dtype.itemsize * vocab.num_columns))

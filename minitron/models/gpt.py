@@ -17,11 +17,11 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from minitron.config.model import ModelConfig
-from minitron.config.parallel import ParallelConfig
+from minitron.config.parallel import ParallelConfig, padded_vocab_size
 from minitron.config.precision import PrecisionConfig
 from minitron.config.run import Device
 from minitron.data.batch import Batch
-from minitron.models.transformer_config import padded_vocab_size, transformer_config
+from minitron.models.transformer_config import transformer_config
 from minitron.parallel.groups import Groups
 
 logging.getLogger("megatron.core.models.gpt.gpt_model").setLevel(logging.ERROR)  # GPTModel "is deprecated"

@@ -1,12 +1,12 @@
-"""A tiny Llama with random weights and a byte tokenizer, as a Hugging Face folder: for tests and dry runs."""
+"""A tiny model with random weights and a byte tokenizer, as a Hugging Face folder: for tests and dry runs."""
 
 from pathlib import Path
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
-from minitron.config.model import Architecture, ModelConfig
+from minitron.config.model import ModelConfig
 from minitron.config.run import RandomModelConfig
 from minitron.errors import ModelError
 from minitron.models.hf_config import to_hf_config
@@ -20,24 +20,25 @@ def random_model(config: RandomModelConfig) -> ModelConfig:
     Raises:
         ModelError: The heads do not divide the hidden size.
     """
-    if config.num_attention_heads < 1 or config.hidden_size % config.num_attention_heads:
+    heads, channels = config.num_attention_heads, config.kv_channels
+    if channels is None and (heads < 1 or config.hidden_size % heads):
         raise ModelError(
-            f"source.random: hidden_size={config.hidden_size} is not a multiple of "
-            f"num_attention_heads={config.num_attention_heads}; change one of the two"
+            f"source.random: hidden_size={config.hidden_size} is not a multiple of num_attention_heads={heads}; change "
+            "one of the two, or give kv_channels"
         )
     return ModelConfig(
-        architecture=Architecture.llama,
+        architecture=config.architecture,
         num_layers=config.num_layers,
         hidden_size=config.hidden_size,
         ffn_hidden_size=config.ffn_hidden_size,
-        num_attention_heads=config.num_attention_heads,
+        num_attention_heads=heads,
         num_query_groups=config.num_query_groups,
-        kv_channels=config.hidden_size // config.num_attention_heads,
+        kv_channels=config.hidden_size // heads if channels is None else channels,
         vocab_size=len(_symbols()),
         max_position_embeddings=config.max_position_embeddings,
         layernorm_epsilon=1e-6,
         rotary_base=10000.0,
-        share_embeddings_and_output_weights=True,
+        share_embeddings_and_output_weights=config.share_embeddings_and_output_weights,
     )
 
 
@@ -55,7 +56,8 @@ def write_random_model(config: RandomModelConfig, folder: Path) -> Path:
     generator_state = torch.get_rng_state()
     torch.manual_seed(config.seed)
     special = {"bos_token_id": tokenizer.eos_token_id, "eos_token_id": tokenizer.eos_token_id}
-    model = LlamaForCausalLM(LlamaConfig(**to_hf_config(random_model(config), special)))
+    values = to_hf_config(random_model(config), special)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**values))
     torch.set_rng_state(generator_state)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)

@@ -102,8 +102,3 @@ def check_rope(model: ModelConfig) -> None:
     }
     if other:
         raise ModelError(f"llama3 rotary scaling with {other} cannot be run: Megatron-Core fixes {_MEGATRON_ROPE}")
-
-
-def padded_vocab_size(vocab_size: int, tensor_model_parallel_size: int) -> int:
-    """Vocabulary rounded up so that every tensor-parallel rank holds as many rows."""
-    return -(-vocab_size // tensor_model_parallel_size) * tensor_model_parallel_size

@@ -44,12 +44,13 @@ def check_num_ranks(env: DistEnv, parallel: ParallelConfig) -> None:
 
 
 @contextlib.contextmanager
-def process_group(env: DistEnv, device: Device) -> Iterator[None]:
+def process_group(env: DistEnv, device: Device, *, timeout: datetime.timedelta = COLLECTIVE_TIMEOUT) -> Iterator[None]:
     """The default process group, with the CPU layer in force when there is no GPU.
 
     Args:
         env: This process's rank.
         device: ``cpu`` (gloo) or ``cuda`` (nccl); see `resolve_device`.
+        timeout: Longest wait of a collective for the slowest rank.
     """
     if device is Device.cpu:
         CPU_LAYER.apply()
@@ -59,7 +60,7 @@ def process_group(env: DistEnv, device: Device) -> Iterator[None]:
         backend="gloo" if device is Device.cpu else "cpu:gloo,cuda:nccl",
         rank=env.rank,
         world_size=env.world_size,
-        timeout=COLLECTIVE_TIMEOUT,
+        timeout=timeout,
     )
     try:
         yield

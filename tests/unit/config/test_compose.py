@@ -13,7 +13,12 @@ from minitron.config.score import ScoreConfig
 from minitron.errors import ConfigError, LayoutError
 
 RANDOM = "source.kind=random"
-NEEDED = {"data=files": ["data.paths=[corpus/]"]}
+NEEDED = {
+    "data=files": ["data.paths=[corpus/]"],
+    "scale=tiny": ["model=llama31_8b"],
+    "layout=16x8": ["distill.train.global_batch_size=1152"],
+    "layout=32x8": ["distill.train.global_batch_size=1152"],
+}
 """What an option leaves to the user."""
 
 
@@ -78,7 +83,7 @@ WRONG: list[tuple[str, list[str]]] = [
     ("precision.dtype=fp16", ["precision.dtype: Invalid value 'fp16'", "[fp32, bf16]"]),
     ("score.aggregations=[foo]", ["score.aggregations[0]: Invalid value 'foo'", "l2_mean"]),
     ("score=defualt", ["'score/defualt'", "there are: all_aggregations, default, model_optimizer"]),
-    ("experiment=nope", ["'experiment/nope'", "there are: demo, tiny"]),
+    ("experiment=nope", ["'experiment/nope'", "there are: demo, ", ", tiny"]),
     ("nonsense", ["'nonsense'", "an override is key=value"]),
     ("parallel=3", ["parallel is a section", "such as parallel.tensor_model_parallel_size=..."]),
     ("score=3", ["must be a string"]),

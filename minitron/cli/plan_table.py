@@ -1,0 +1,136 @@
+"""The plan of a run on the terminal."""
+
+import math
+from collections.abc import Sequence
+from itertools import groupby
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from minitron.config.plan import GPUS
+from minitron.config.run import RunConfig
+from minitron.models.axes import num_embedding_parameters, num_parameters
+from minitron.plan.memory import StageMemory
+from minitron.plan.trainings import Plan, PlannedPass
+from minitron.report import format as fmt
+from minitron.report.cost import training_flops
+
+_GB = 1e9
+_ITEMS = {
+    "parameters": "parameters",
+    "gradients": "gradients (fp32)",
+    "optimizer": "optimizer (this rank's share)",
+    "activations": "activations in flight",
+    "teacher": "teacher's parameters",
+    "stash": "teacher's states that wait",
+    "loss": "logits chunks, loss",
+    "total": "total",
+}
+
+
+def print_plan(plan: Plan, config: RunConfig, origin: str, console: Console) -> None:
+    """Print the machine, the models, the memory of every kind of training, and the cost of every stage."""
+    ranks, settings = config.parallel.num_ranks, config.plan
+    nodes = math.ceil(ranks / settings.gpus_per_node)
+    console.print(f"{config.name}: {config.parallel.arithmetic()} ranks", highlight=False)
+    console.print(f"{nodes} x {settings.gpus_per_node} {settings.gpu} GPUs, {config.precision.dtype}", highlight=False)
+    console.print(f"shape: {origin}\n", highlight=False)
+    console.print(_models(plan))
+    for item in plan.passes:
+        if item.memory and not item.stage.endswith("baseline"):  # which holds the student without the teacher
+            console.print(_memory(item, config))
+    console.print(_costs(plan, config))
+    per_second = settings.flops_per_second(config.precision.dtype)
+    console.print(
+        f"GPU-hours: at {per_second / 1e12:.0f} TFLOPs a GPU, {settings.utilization:.0%} of {settings.gpu}'s peak "
+        "(plan.*); days: on all GPUs\n6ND: the papers' rule, 6 x parameters x tokens, without the teacher",
+        style="dim",
+        highlight=False,
+    )
+
+
+def _table(title: str, *headings: str) -> Table:
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+    table.add_column(headings[0], no_wrap=True)
+    for heading in headings[1:]:
+        table.add_column(heading, justify="right", no_wrap=True)
+    return table
+
+
+def _models(plan: Plan) -> Table:
+    table = _table("models", "", "parameters", "non-embedding", "layers", "hidden", "ffn", "heads", "layers per stage")
+    for item in plan.models:
+        model, total = item.model, num_parameters(item.model)
+        table.add_row(
+            item.role,
+            f"{total:,}",
+            f"{total - num_embedding_parameters(model):,}",
+            str(model.num_layers),
+            str(model.hidden_size),
+            str(model.ffn_hidden_size),
+            f"{model.num_attention_heads} / {model.num_query_groups}",
+            _runs(item.layers),
+        )
+    return table
+
+
+def _memory(item: PlannedPass, config: RunConfig) -> Table:
+    """Stages that hold the same are one column."""
+    stages = _same_stages(item.memory)
+    title = f"{item.stage}: memory of one rank, GB (of {GPUS[config.plan.gpu].memory_bytes / _GB:.0f})"
+    headings = [f"stage {first}" if first == last else f"stages {first}-{last}" for first, last, _ in stages]
+    table = _table(title, "", *headings)
+    for name, label in _ITEMS.items():
+        values = [getattr(memory, name) / _GB for _, _, memory in stages]
+        table.add_row(label, *(f"{value:.3f}" for value in values), style="bold" if name == "total" else None)
+    return table
+
+
+def _costs(plan: Plan, config: RunConfig) -> Table:
+    table = _table("cost", "stage", "steps", "tokens", "FLOPs", "teacher's", "6ND", "GPU-hours", "days")
+    sizes = {item.role: num_parameters(item.model) for item in plan.models}
+    hours = [_gpu_hours(item.flops + item.teacher_flops, config) for item in plan.passes]
+    for item, spent in zip(plan.passes, hours, strict=True):
+        step, _, stage = item.stage.rpartition("/")
+        trained = sizes["source" if stage == "correct" else f"student {step}".rstrip()]
+        table.add_row(
+            item.stage,
+            f"{item.steps:,}" if item.steps else "-",
+            fmt.count(item.tokens),
+            fmt.power(item.flops),
+            fmt.power(item.teacher_flops) if item.teacher_flops else "-",
+            fmt.power(training_flops(trained, item.tokens)) if item.steps else "-",
+            _number(spent),
+            _number(spent / config.parallel.num_ranks / 24),
+        )
+    total = sum(hours)
+    table.add_row(
+        "total", "", "", "", "", "", _number(total), _number(total / config.parallel.num_ranks / 24), style="bold"
+    )
+    return table
+
+
+def _gpu_hours(flops: float, config: RunConfig) -> float:
+    return flops / config.plan.flops_per_second(config.precision.dtype) / 3600
+
+
+def _number(value: float) -> str:
+    return f"{value:,.0f}" if value >= 100 else f"{value:.2f}" if value >= 0.01 else fmt.power(value)
+
+
+def _runs(layers: Sequence[int]) -> str:
+    """``[16, 8, 8, 16]`` as ``16, 2 x 8, 16``."""
+    runs = [(number, len(list(same))) for number, same in groupby(layers)]
+    return ", ".join(str(number) if times == 1 else f"{times} x {number}" for number, times in runs)
+
+
+def _same_stages(memory: Sequence[StageMemory]) -> list[tuple[int, int, StageMemory]]:
+    """First and last stage of every run of equal stages."""
+    found: list[tuple[int, int, StageMemory]] = []
+    for stage, held in enumerate(memory):
+        if found and found[-1][2] == held:
+            found[-1] = (found[-1][0], stage, held)
+        else:
+            found.append((stage, stage, held))
+    return found

@@ -1,0 +1,75 @@
+"""`minitron plan`: what a run will need, from its configuration and the shape of its models. Needs no GPU."""
+
+import json
+from pathlib import Path
+
+from rich.console import Console
+
+from minitron.cli.plan_table import print_plan
+from minitron.config.model import ModelConfig
+from minitron.config.run import RunConfig, SourceKind
+from minitron.errors import ConfigError
+from minitron.plan.trainings import plan_run
+
+_WIDTH = 100
+"""Columns of the tables: figures are not cut where a terminal is narrower."""
+
+
+def run_plan(config: RunConfig) -> int:
+    """Print the plan of a run.
+
+    Returns:
+        Exit code.
+
+    Raises:
+        ConfigError: The shape of a model is not known.
+        PruneError: A target does not fit its source.
+        LayoutError: The layout cannot split a model.
+    """
+    source, origin = source_shape(config)
+    plan = plan_run(config, source, _given_teacher(config))
+    console = Console(soft_wrap=True)
+    console.width = max(console.width, _WIDTH)
+    print_plan(plan, config, origin, console)
+    return 0
+
+
+def source_shape(config: RunConfig) -> tuple[ModelConfig, str]:
+    """The architecture of the source, and where it was read. torch is imported for GGUF files and random models only.
+
+    Raises:
+        ConfigError: Neither the path nor ``source.model`` gives it.
+        ModelError: The path holds no model, or one of another shape than ``source.model``.
+    """
+    source = config.source
+    if source.kind is SourceKind.random:
+        from minitron.models.random_source import random_model
+
+        return random_model(source.random), "a random model"
+    path = Path(source.path or "")
+    if (path / "config.json").is_file():
+        from minitron.models.hf_config import model_from_hf_config
+
+        found = model_from_hf_config(json.loads((path / "config.json").read_text(encoding="utf-8")))
+    elif path.is_file():
+        from minitron.models.hf_import import inspect_source
+
+        found = inspect_source(path).model
+    elif source.model is not None:
+        return source.model, f"the published shape (source.model); {source.path} is not on this machine"
+    else:
+        raise ConfigError(
+            f"source.path={source.path} is not on this machine, and there is no published shape of it: choose one with "
+            "model=..., such as model=llama31_8b, or an experiment that has one"
+        )
+    if source.model is not None:
+        found.check_sizes(source.model, f"source.path={source.path}")
+    return found, str(path)
+
+
+def _given_teacher(config: RunConfig) -> ModelConfig | None:
+    if config.distill.teacher.path is None:
+        return None
+    from minitron.cli.job import teacher_model
+
+    return teacher_model(config)

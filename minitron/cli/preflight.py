@@ -1,0 +1,66 @@
+"""`minitron preflight`: start the ranks of a run, and check their machines instead of running its stages."""
+
+import datetime
+from pathlib import Path
+
+import torch
+from rich import box
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from minitron.cli.turn import in_turn
+from minitron.config.run import Device, RunConfig
+from minitron.errors import PlatformError
+from minitron.runtime.device import check_num_ranks, process_group, resolve_device
+from minitron.runtime.env import DistEnv
+from minitron.runtime.preflight import Check, preflight
+
+
+def check_rank(config: RunConfig, env: DistEnv) -> None:
+    """Check the machines as one of the ranks; rank 0 prints the table.
+
+    Args:
+        config: The run.
+        env: This process's rank.
+
+    Raises:
+        PlatformError: A check failed, or the ranks do not reach each other.
+    """
+    with in_turn(env):
+        check_num_ranks(env, config.parallel)
+        device = resolve_device(config.device)
+    timeout = datetime.timedelta(seconds=config.preflight.timeout_s)
+    try:
+        with process_group(env, device, timeout=timeout), in_turn(env):
+            here = torch.device("cpu") if device is Device.cpu else torch.device("cuda", env.local_rank)
+            checks = preflight(Path(config.runs_dir) / config.name, here, config.preflight)
+            if env.rank == 0:
+                _print(checks, Console(soft_wrap=True))
+            _agree([check.name for check in checks if check.reason is not None], len(checks))
+    except RuntimeError as error:  # torch's, of the connection or of a collective
+        reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        raise PlatformError(
+            f"the {env.world_size} ranks do not reach each other (within preflight.timeout_s="
+            f"{config.preflight.timeout_s}): {reason}"
+        ) from error
+
+
+def _agree(failed: list[str], number: int) -> None:
+    """Every rank ends with the error that rank 0 found."""
+    told = [f"{len(failed)} of {number} checks failed: {', '.join(failed)}" if failed else ""]
+    torch.distributed.broadcast_object_list(told, src=0)
+    if told[0]:
+        raise PlatformError(f"preflight: {told[0]}; the table says why")
+
+
+def _print(checks: list[Check], console: Console) -> None:
+    table = Table(title="preflight", title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+    table.add_column("check", no_wrap=True)
+    table.add_column("", no_wrap=True)
+    table.add_column("found", overflow="fold")
+    for check in checks:
+        bad = check.reason is not None
+        found = f"{check.found} - {check.reason}" if bad else check.found
+        table.add_row(check.name, "FAILED" if bad else "ok", escape(found), style="bold red" if bad else None)
+    console.print(table)

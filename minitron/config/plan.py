@@ -1,0 +1,66 @@
+"""What `minitron plan` assumes of the machine that the run will have."""
+
+import math
+from dataclasses import dataclass
+from enum import StrEnum
+
+from minitron.config.precision import Dtype
+from minitron.errors import ConfigError
+
+
+class Gpu(StrEnum):
+    """GPUs with known figures."""
+
+    a100 = "a100"
+    h100 = "h100"
+    h200 = "h200"
+    b200 = "b200"
+
+
+@dataclass(frozen=True)
+class GpuFigures:
+    """NVIDIA's data sheets, SXM modules.
+
+    Attributes:
+        memory_bytes: Memory of one GPU.
+        tflops: Dense peak by number format, 10^12 FLOPs a second: tensor cores for bf16, none for fp32.
+    """
+
+    memory_bytes: float
+    tflops: dict[Dtype, float]
+
+
+GPUS = {
+    Gpu.a100: GpuFigures(80e9, {Dtype.bf16: 312.0, Dtype.fp32: 19.5}),
+    Gpu.h100: GpuFigures(80e9, {Dtype.bf16: 989.0, Dtype.fp32: 67.0}),
+    Gpu.h200: GpuFigures(141e9, {Dtype.bf16: 989.0, Dtype.fp32: 67.0}),
+    Gpu.b200: GpuFigures(180e9, {Dtype.bf16: 2250.0, Dtype.fp32: 75.0}),
+}
+
+
+@dataclass(kw_only=True)
+class PlanConfig:
+    """The machine that the figures of `minitron plan` are for. No result depends on it."""
+
+    gpu: Gpu = Gpu.h100
+    """Kind of GPU: its memory and peak."""
+    peak_tflops: float | None = None
+    """Peak of one GPU in 10^12 FLOPs a second; null takes the data sheet's, dense, in ``precision.dtype``."""
+    utilization: float = 0.4
+    """Part of the peak that training reaches, by the FLOPs of the model (MFU)."""
+    gpus_per_node: int = 8
+    """GPUs of one node."""
+
+    def __post_init__(self) -> None:
+        """Refuse values that cannot be."""
+        if self.peak_tflops is not None and not 0 < self.peak_tflops < math.inf:
+            raise ConfigError(f"plan.peak_tflops={self.peak_tflops} must be a number above 0, or null")
+        if not 0 < self.utilization <= 1:
+            raise ConfigError(f"plan.utilization={self.utilization} must be above 0 and at most 1, such as 0.4")
+        if self.gpus_per_node < 1:
+            raise ConfigError(f"plan.gpus_per_node={self.gpus_per_node} must be at least 1")
+
+    def flops_per_second(self, dtype: Dtype) -> float:
+        """FLOPs that one GPU does in a second of training."""
+        peak = GPUS[self.gpu].tflops[dtype] if self.peak_tflops is None else self.peak_tflops
+        return 1e12 * peak * self.utilization

@@ -1,0 +1,78 @@
+"""The papers' experiments, scaled down, through the whole line on two processes."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+
+SHAPES = {
+    "llama31_8b-to-4b_width": (4, 48, 144, 8, 2),
+    "llama31_8b-to-4b_depth": (2, 64, 224, 8, 2),
+    "mistral_nemo_12b-to-8b": (5, 64, 180, 8, 2),
+}
+"""Layers, hidden size, ffn, heads and groups of each exported student: the papers' over 8, 64, 64, 4 and 4."""
+
+
+def _free_ports(number: int) -> list[int]:
+    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(number)]
+    ports = [listening.getsockname()[1] for listening in sockets]
+    for listening in sockets:
+        listening.close()
+    return ports
+
+
+@pytest.fixture(scope="module")
+def runs_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Every experiment, run."""
+    folder = tmp_path_factory.mktemp("runs")
+    work = [f"{name}:{port}" for name, port in zip(SHAPES, _free_ports(len(SHAPES)), strict=True)]
+    command = [sys.executable, "-m", "tests.e2e.run_experiments", str(folder), *work]
+    ranks = [
+        subprocess.Popen(
+            command,
+            cwd=REPOSITORY,
+            env=os.environ
+            | {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "OMP_NUM_THREADS": "1"},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for rank in ("0", "1")
+    ]
+    try:
+        said = [rank.communicate(timeout=250)[0] for rank in ranks]
+    finally:
+        for rank in ranks:
+            rank.kill()
+    assert [rank.returncode for rank in ranks] == [0, 0], "\n".join(said)
+    return folder
+
+
+@pytest.mark.parametrize("experiment", SHAPES)
+def test_experiment_runs_end_to_end(runs_dir: Path, experiment: str) -> None:
+    run = runs_dir / f"{experiment}_tiny"
+    folder = run / "export" / "hf"
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    config = model.config
+    assert SHAPES[experiment] == (
+        config.num_hidden_layers,
+        config.hidden_size,
+        config.intermediate_size,
+        config.num_attention_heads,
+        config.num_key_value_heads,
+    )
+    assert config.head_dim == 8
+    assert torch.isfinite(model(torch.arange(8)[None]).logits).all()
+    metas = {file.parent.name: json.loads(file.read_text()) for file in run.glob("*/meta.json")}
+    assert metas["distill"]["summary"]["tokens"] == 2048
+    assert metas["correct"]["summary"]["tokens"] == 1024
+    assert "correct" in metas["distill"]["inputs"]  # the corrected teacher taught
+    assert (run / "report" / "report.html").exists()

@@ -1,0 +1,83 @@
+"""`minitron plan` as a user sees it."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from minitron.cli.main import main
+from minitron.config.run import RandomModelConfig
+from minitron.models.random_source import write_random_model
+
+REPOSITORY = Path(__file__).resolve().parents[3]
+EXPERIMENT = "experiment=llama31_8b-to-4b_width"
+
+
+def _error(capsys: pytest.CaptureFixture[str], code: int, *overrides: str) -> str:
+    assert main(["plan", *overrides]) == code
+    [line] = capsys.readouterr().err.splitlines()
+    return line
+
+
+def test_published_experiment(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", EXPERIMENT]) == 0
+    shown = capsys.readouterr().out
+    assert "tensor 4 x pipeline 1 x data 64 = 256 ranks" in shown
+    assert "32 x 8 h100 GPUs, bf16" in shown
+    assert "models/Llama-3.1-8B is not on this machine" in shown
+    rows = {words[0]: words[1:] for line in shown.splitlines() if (words := line.split())}
+    assert rows["source"][:2] == ["8,030,261,248", "6,979,588,096"]
+    assert rows["student"][:2] == ["4,512,746,496", "3,724,741,632"]
+    assert rows["distill"][:2] == ["10,000", "94.4B"]
+    # 6 x 4.513e9 x 94.37e9, and the same figure from the printed parts: hours x 0.4 x 989e12 x 3600 = FLOPs.
+    flops, teachers, rule, hours = rows["distill"][2:6]
+    assert float(rule) == pytest.approx(6 * 4_512_746_496 * 94_371_840_000, rel=0.005)
+    spent = float(hours.replace(",", "")) * 3600 * 0.4 * 989e12
+    assert spent == pytest.approx(float(flops) + float(teachers), rel=0.01)
+
+
+def test_machine_is_a_choice(capsys: pytest.CaptureFixture[str]) -> None:
+    hours = {}
+    for machine in ("plan.gpu=h100", "plan.gpu=a100", "plan.peak_tflops=494.5", "plan.utilization=0.2"):
+        assert main(["plan", EXPERIMENT, machine]) == 0
+        rows = {words[0]: words for line in capsys.readouterr().out.splitlines() if (words := line.split())}
+        hours[machine] = float(rows["distill"][6].replace(",", ""))
+    assert hours["plan.gpu=a100"] / hours["plan.gpu=h100"] == pytest.approx(989 / 312, rel=1e-3)
+    assert hours["plan.peak_tflops=494.5"] == pytest.approx(2 * hours["plan.gpu=h100"], rel=1e-3)
+    assert hours["plan.utilization=0.2"] == hours["plan.peak_tflops=494.5"]
+
+
+def test_without_torch() -> None:
+    code = (
+        "import sys; from minitron.cli.main import main; "
+        f"assert main(['plan', '{EXPERIMENT}']) == 0; "
+        "heavy = {'torch', 'megatron', 'transformers'} & set(sys.modules); assert not heavy, heavy"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True, timeout=60, check=False
+    )
+    assert result.returncode == 0, result.stderr
+
+
+def test_the_source_s_own_shape_comes_first(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = write_random_model(RandomModelConfig(), tmp_path / "model")
+    capsys.readouterr()
+    where = [f"source.path={folder}", "data.seq_length=32"]
+    assert main(["plan", *where]) == 0
+    assert f"shape: {folder}" in capsys.readouterr().out
+    message = _error(capsys, 4, *where, "model=llama31_8b")
+    assert f"source.path={folder} has num_layers=4, hidden_size=64" in message
+    assert "source.model describes a model of num_layers=32, hidden_size=4096" in message
+    assert main(["compress", *where, "model=llama31_8b"]) == 4  # before any work
+    assert "source.model describes" in capsys.readouterr().err
+
+
+def test_unknown_shape_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    assert "source.path=nowhere is not on this machine" in _error(capsys, 3, "source.path=nowhere")
+    assert "prune.hidden_size=9000 is larger than the model's 4096" in _error(
+        capsys, 7, EXPERIMENT, "prune.hidden_size=9000"
+    )
+    assert "source: num_query_groups=8 does not divide over" in _error(
+        capsys, 3, EXPERIMENT, "parallel.tensor_model_parallel_size=16"
+    )
