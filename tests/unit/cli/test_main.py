@@ -261,6 +261,23 @@ def test_no_tokenizer(fails: Fails, model: Path) -> None:
         ),
         (4, ["source.random.num_attention_heads=0"], "source.random: hidden_size=64 is not a multiple of"),
         (4, ["source.random.num_layers=0"], "num_layers=0 must be at least 1"),
+        (
+            3,
+            ["precision=fp8_delayed", "prune.hidden_size=56"],
+            "student: hidden_size=56 is not a multiple of 16 (nearest: 48 or 64), which FP8 (delayed) needs",
+        ),
+        (
+            3,
+            [
+                "precision=bf16",
+                "distill.teacher.fp8_recipe=mxfp8",
+                "distill.teacher.parallel.tensor_model_parallel_size=4",
+                "parallel.data_parallel_size=4",
+                "source.random.ffn_hidden_size=192",
+            ],
+            "teacher of student: ffn_hidden_size=192 / tensor_model_parallel_size=4 = 48 is not a multiple of 32",
+        ),
+        (10, ["precision=mxfp8"], "precision.fp8_recipe=mxfp8 needs an NVIDIA GPU of compute capability 10.0 or"),
         (5, ["data=files", "data.paths=[/nowhere/a.txt]", "data.seq_length=32"], "/nowhere/a.txt"),
     ],
     ids=lambda value: value[-1] if isinstance(value, list) else "",
