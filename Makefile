@@ -6,10 +6,10 @@ PY := .venv/bin/python
 CODE := minitron tests
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check bench format lock clean
+.PHONY: help setup demo test test-gpu test-docker check bench format lock clean
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' Makefile
 
 setup: ## make .venv and install everything pinned in requirements.lock (PYTHON=... chooses one)
 	@sh launch/setup.sh
@@ -19,6 +19,12 @@ demo: setup ## compress a real 135M model on this machine, ending with a report
 
 test: setup ## run the tests
 	@$(PY) -m pytest $(ARGS)
+
+test-gpu: setup ## run the tests that need a GPU (and Transformer Engine); docs/gpu.md
+	@$(PY) -m pytest tests/gpu $(ARGS)
+
+test-docker: ## build the cpu image for real and run tests in it; needs root, buildah, debootstrap (docker/test.sh)
+	@bash docker/test.sh
 
 check: setup ## lint, format, types, import layers
 	@sh .ci/check.sh

@@ -58,15 +58,17 @@ def export(session: Session, out: Path) -> dict[str, Any]:
 
 def _reload_error(session: Session, student: Path, folder: Path) -> float:
     """Compare fp32 logits: ours with the weights rounded as they were exported, theirs as they load."""
-    gpt, model = load_gpt(student, session, precision=PrecisionConfig(dtype=Dtype.fp32))
-    gpt.eval()
     exported = TORCH_DTYPE[session.config.export.dtype]
-    with torch.no_grad():
-        for parameter in gpt.parameters():
-            parameter.copy_(parameter.to(exported))
     length = min(_CHECK_TOKENS, session.config.data.seq_length)
     tokens_BS = example_tokens(session.run.stage("data"), seq_length=length)
-    ours = model_logits(gpt, tokens_BS.to(session.torch_device), session.groups, vocab_size=model.vocab_size)
+    # Megatron's own modules, which want whole sequences: Transformer Engine multiplies fp32 in TF32, of ten bits.
+    with session.context_as_data() as whole:
+        gpt, model = load_gpt(student, whole, precision=PrecisionConfig(dtype=Dtype.fp32), local_spec=True)
+        gpt.eval()
+        with torch.no_grad():
+            for parameter in gpt.parameters():
+                parameter.copy_(parameter.to(exported))
+        ours = model_logits(gpt, tokens_BS.to(whole.torch_device), whole.groups, vocab_size=model.vocab_size)
     shared: list[float] = [0.0]
     if session.is_main:
         shared = [logit_error(ours.cpu(), hf_logits(folder, tokens_BS))]

@@ -10,6 +10,7 @@ from minitron.cli.stages import lines_of, needs_cache, stages_of
 from minitron.cli.turn import in_turn
 from minitron.cli.worker import PREFLIGHT, run_rank
 from minitron.config.compose import load_resolved, to_yaml
+from minitron.config.fp8 import check_fp8_model
 from minitron.config.intermediate import find_matches
 from minitron.config.model import ModelConfig
 from minitron.config.parallel import check_layout
@@ -22,7 +23,7 @@ from minitron.models.hf_import import inspect_source
 from minitron.models.random_source import random_model
 from minitron.pipeline import Planned, outside_hashes, plan_stages
 from minitron.runtime.artefact import RunFolder, storage_error
-from minitron.runtime.device import check_num_ranks, resolve_device
+from minitron.runtime.device import check_num_ranks, check_precision, resolve_device
 from minitron.runtime.env import DistEnv, wandb_mode
 from minitron.runtime.environment import environment
 from minitron.runtime.launch import launch_local
@@ -46,7 +47,7 @@ def run_job(verb: str, config: RunConfig, env: DistEnv | None) -> int:
         if env is not None:
             check_num_ranks(env, config.parallel)
         check_models(config)
-        resolve_device(config.device)
+        check_precision(config, resolve_device(config.device))
         if config.tracking.wandb:
             wandb_mode()
         wanted = wanted_stages(verb, config)
@@ -171,12 +172,17 @@ def check_models(config: RunConfig) -> None:
     check_layout(source, config.parallel.plain(), who="source")  # scored and evaluated, whatever the teacher's layout
     if config.correction.enabled:
         check_layout(source, config.parallel, who="teacher to correct (correction.enabled=true)")
+        check_fp8_model(source, config.precision, config.parallel, who="teacher to correct (correction.enabled=true)")
     students: dict[str, ModelConfig] = {}
     for line in lines_of(config):
         before = students[line.source.step] if line.source else source
         student = students[line.step] = check_target(before, line.config.prune)
-        check_layout(student, config.parallel, who=f"student {line.step}".rstrip())
+        who = f"student {line.step}".rstrip()
+        check_layout(student, config.parallel, who=who)
+        check_fp8_model(student, config.precision, config.parallel, who=who)
         beside = students[line.teacher.step] if line.teacher else teacher
+        taught = config.distill.teacher.precision(config.precision)
+        check_fp8_model(beside, taught, own.parallel if own else config.parallel.plain(), who=f"teacher of {who}")
         if own is not None:
             check_layout(beside, own.parallel, who=f"teacher of {line.step} in its own layout")
         try:

@@ -24,7 +24,7 @@ def score_values(config: RunConfig) -> Values:
     values = {k: v for k, v in flat_values(config.score, "score").items() if not k.endswith(tuple(unread))}
     if config.score.rounds > 1:
         asked = prune_values(config)
-    return values | asked | flat_values(config.precision, "precision") | {"seed": config.seed}
+    return values | asked | {"precision.dtype": config.precision.dtype.value} | {"seed": config.seed}
 
 
 def prune_values(config: RunConfig) -> Values:
@@ -37,7 +37,7 @@ def prune_values(config: RunConfig) -> Values:
             key: value for key, value in values.items() if key == enabled or not key.startswith("prune.reconstruct.")
         }
     del values["prune.reconstruct.micro_batch_size"]
-    return values | flat_values(config.precision, "precision") | {"seed": config.seed}
+    return values | {"precision.dtype": config.precision.dtype.value} | {"seed": config.seed}
 
 
 def prune_needs(config: RunConfig) -> tuple[str, ...]:

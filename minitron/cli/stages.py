@@ -35,6 +35,7 @@ _TEACHERS_PLACE = (
     "distill.teacher.parallel.",
     "distill.teacher.micro_batch_size",
     "distill.teacher.path",  # what counts is the content, see _teacher_outside and _cache_outside
+    "distill.teacher.fp8_recipe",  # it counts with the dtype, see _recipe_values
     "distill.teacher.cache",
 )
 """Where the teacher is and how it is laid out does not change what it says."""
@@ -279,7 +280,8 @@ def _source_values(config: RunConfig) -> Values:
 
 def _training_values(config: RunConfig, training: str) -> Values:
     values = _values(settings_of(config, training), "distill.train", _LOGGING_ONLY)
-    return values | _section(config, "precision") | {"seed": config.seed}
+    precision = {f"precision.{key}": value for key, value in config.precision.in_force().items()}
+    return values | precision | {"seed": config.seed}
 
 
 def _recipe_values(config: RunConfig) -> Values:
@@ -294,13 +296,12 @@ def _recipe_values(config: RunConfig) -> Values:
         unread.append("distill.intermediate.relation_heads")
     values = _section(config, "distill", drop=("teacher_microbatches",))
     values = {key: value for key, value in values.items() if not key.startswith(tuple(unread))}
-    return values | {"distill.teacher.dtype": str(recipe.teacher.dtype or config.precision.dtype)}
+    return values | {"distill.teacher.dtype": recipe.teacher.precision(config.precision).label}
 
 
 def _teacher_logits_values(config: RunConfig) -> Values:
     """Not which samples: a cache only grows. ``data.seq_length`` is part of the data stage's identity."""
-    dtype = config.distill.teacher.dtype or config.precision.dtype
-    return config.teacher_logits.parameters() | {"dtype": str(dtype)}
+    return config.teacher_logits.parameters() | {"dtype": config.distill.teacher.precision(config.precision).label}
 
 
 def _lacking_logits(config: RunConfig, run: RunFolder) -> str | None:
@@ -309,7 +310,7 @@ def _lacking_logits(config: RunConfig, run: RunFolder) -> str | None:
 
 def _eval_values(config: RunConfig) -> Values:
     settings = _section(config, "eval", drop=("micro_batch_size", "checkpoint"))
-    return settings | _section(config, "precision") | _section(config, "report")
+    return settings | {"precision.dtype": config.precision.dtype.value} | _section(config, "report")
 
 
 def _model_outside(config: RunConfig) -> dict[str, str]:
@@ -350,15 +351,17 @@ def _cache_outside(config: RunConfig) -> dict[str, str]:
     """What the cache of another run, ``distill.teacher.cache``, belongs to, and the teacher it should be of.
 
     Raises:
-        ConfigError: ``distill.teacher.dtype`` is not that of the cache.
+        ConfigError: ``distill.teacher.dtype`` or ``fp8_recipe`` is not that of the cache.
     """
     taught = config.distill.teacher
     assert taught.cache is not None
     identity = read_identity(Path(taught.cache))
-    if taught.dtype is not None and str(taught.dtype) != identity.dtype:
+    asked = taught.precision(config.precision).label
+    if (taught.dtype is not None or taught.fp8_recipe is not None) and asked != identity.dtype:
         raise ConfigError(
-            f"distill.teacher.dtype={taught.dtype}, but the teacher ran in {identity.dtype} when distill.teacher.cache="
-            f"{taught.cache} was written; set it to null, or make a cache with `minitron teacher-logits`"
+            f"distill.teacher.dtype and fp8_recipe say {asked}, but the teacher ran in {identity.dtype} when "
+            f"distill.teacher.cache={taught.cache} was written; set them to null, or make a cache with "
+            "`minitron teacher-logits`"
         )
     cache = {"teacher_logits": hashlib.sha256(repr(identity).encode()).hexdigest()}
     return cache | _teacher_outside(config)

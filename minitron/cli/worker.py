@@ -62,7 +62,7 @@ def run_rank(config: RunConfig, wanted: Sequence[str], env: DistEnv, *, outside:
     import torch
 
     from minitron.parallel.groups import model_parallel
-    from minitron.runtime.device import check_num_ranks, process_group, resolve_device
+    from minitron.runtime.device import check_num_ranks, check_transformer_engine, process_group, resolve_device
     from minitron.runtime.session import Session
 
     with in_turn(env):
@@ -70,6 +70,7 @@ def run_rank(config: RunConfig, wanted: Sequence[str], env: DistEnv, *, outside:
         device = resolve_device(config.device)
     run = RunFolder(Path(config.runs_dir) / config.name)
     with process_group(env, device), model_parallel(config.parallel, seed=config.seed) as groups, in_turn(env):
+        check_transformer_engine(config, device)
         session = Session(config=config, run=run, groups=groups, device=device, console=Console(soft_wrap=True))
         # Rank 0 plans: the others must not look while it moves folders.
         plan: list[object] = [None]

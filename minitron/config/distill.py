@@ -7,7 +7,7 @@ from enum import StrEnum
 from minitron.config.intermediate import IntermediateConfig
 from minitron.config.logit_loss import LogitLossConfig, LogitLossKind
 from minitron.config.mixing import Mixing
-from minitron.config.precision import Dtype
+from minitron.config.precision import Dtype, Fp8Recipe, PrecisionConfig
 from minitron.config.train import TrainConfig
 from minitron.errors import ConfigError
 
@@ -59,6 +59,9 @@ class TeacherConfig:
     """A checkpoint folder to learn from, such as runs/corrected/distill; null takes the run's own source."""
     dtype: Dtype | None = None
     """Number format of the teacher; null takes ``precision.dtype``."""
+    fp8_recipe: Fp8Recipe | None = None
+    """Run the linears of the teacher's layers in FP8, scaled so: tensorwise, blockwise or mxfp8. Which layers stay in
+    bf16 is said by ``precision``; null is no FP8, whatever the student has."""
     parallel: TeacherParallelConfig = field(default_factory=TeacherParallelConfig)
     """The teacher's own layout; by default it has the student's."""
     micro_batch_size: int | None = None
@@ -71,6 +74,14 @@ class TeacherConfig:
                 f"distill.teacher.cache={self.cache} is read by distill.teacher.source=cached only, and it is "
                 f"{self.source}; set one of the two"
             )
+
+    def precision(self, student: PrecisionConfig) -> PrecisionConfig:
+        """The teacher's number formats, beside a student in these.
+
+        Raises:
+            ConfigError: They exclude each other.
+        """
+        return student.for_teacher(self.dtype, self.fp8_recipe)
 
 
 @dataclass(kw_only=True)

@@ -1,7 +1,10 @@
 """Rules that span several sections of a run. Each raises one error that says what to change."""
 
+from dataclasses import replace
+
 from minitron.config.depth import check_depth
 from minitron.config.distill import TeacherSource
+from minitron.config.fp8 import check_fp8_tokens
 from minitron.config.line import Ancestor, check_chain
 from minitron.config.parallel import ParallelConfig
 from minitron.config.run import RunConfig, SourceKind
@@ -52,6 +55,21 @@ def validate(run: RunConfig) -> None:
             f"eval.num_tokens={run.eval.num_tokens} is less than one sequence of data.seq_length={seq_length} tokens"
         )
     _check_split_sequence(seq_length, run.parallel)
+    _check_fp8(run, own)
+
+
+def _check_fp8(run: RunConfig, own: TeacherLayout | None) -> None:
+    """The tokens of every kind of micro-batch that runs in FP8."""
+    train, parallel = run.distill.train, run.parallel
+    teacher = run.distill.teacher.precision(run.precision)
+    beside = own or TeacherLayout(parallel, train.micro_batch_size)
+    whole = replace(parallel, context_parallel_size=1)  # distributions are kept by whole sequences
+    for who, precision, layout, micro_batch_size in (
+        ("distill.train.micro_batch_size", run.precision, parallel, train.micro_batch_size),
+        ("distill.teacher.micro_batch_size", teacher, beside.parallel, beside.micro_batch_size),
+        ("teacher_logits.micro_batch_size", teacher, whole, run.teacher_logits.micro_batch_size),
+    ):
+        check_fp8_tokens(precision, layout, micro_batch_size=micro_batch_size, seq_length=run.data.seq_length, who=who)
 
 
 def _check_given_teacher(run: RunConfig) -> None:

@@ -48,7 +48,7 @@ class CacheIdentity:
         vocab_size: Ids that the teacher and the data's tokenizer both have (`common_vocab_size`): the distributions
             are over these.
         teacher: Identity of the teacher's weights.
-        dtype: Number format the teacher ran in.
+        dtype: Number format the teacher ran in (`PrecisionConfig.label`).
         parameters: What is kept of each distribution (`TeacherLogitsConfig.parameters`).
     """
 

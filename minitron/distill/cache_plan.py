@@ -59,6 +59,6 @@ def cache_identity(config: RunConfig, data: Path, *, teacher: str, vocab_size: i
         seq_length=config.data.seq_length,
         vocab_size=vocab_size,
         teacher=teacher,
-        dtype=str(config.distill.teacher.dtype or config.precision.dtype),
+        dtype=config.distill.teacher.precision(config.precision).label,
         parameters=config.teacher_logits.parameters(),
     )

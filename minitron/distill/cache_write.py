@@ -8,7 +8,6 @@ from pathlib import Path
 import torch
 from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
 
-from minitron.config.precision import PrecisionConfig
 from minitron.config.teacher_logits import CacheMethod, TeacherLogitsConfig
 from minitron.data.batch import NO_SAMPLE, Batch
 from minitron.data.loader import FixedBatches, training_sequences
@@ -83,7 +82,7 @@ def _write_missing(session: Session, teacher: Path, identity: CacheIdentity, dat
     missing, first_shard = _open(session, identity, data, out)
     torch.distributed.barrier()  # from here on the folder changes
     if len(missing):
-        precision = PrecisionConfig(dtype=session.config.distill.teacher.dtype or session.config.precision.dtype)
+        precision = session.config.distill.teacher.precision(session.config.precision)
         gpt, _model = load_gpt(teacher, session, precision=precision)
         writer = _ShardWriter(out, first_shard, groups, max_bytes=settings.shard_mb * 10**6)
         batches = FixedBatches(

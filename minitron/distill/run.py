@@ -9,7 +9,6 @@ from minitron.checkpoint.folder import read_model_config
 from minitron.config.distill import TeacherSource
 from minitron.config.model import ModelConfig
 from minitron.config.parallel import padded_vocab_size
-from minitron.config.precision import PrecisionConfig
 from minitron.config.teacher_layout import own_layout
 from minitron.config.train import TrainConfig
 from minitron.distill.cache_format import LogitCache
@@ -101,7 +100,7 @@ def online_teacher(session: Session, folder: Path, *, student_vocab_size: int) -
         student_vocab_size: Decides the vocabulary shards, which are the same for both models' logits.
     """
     config = session.config
-    precision = PrecisionConfig(dtype=config.distill.teacher.dtype or config.precision.dtype)
+    precision = config.distill.teacher.precision(config.precision)
     layout = own_layout(config.distill, config.parallel)
     if layout is not None:
         with relayout_teacher(folder, session, layout, precision, student_vocab_size=student_vocab_size) as teacher:

@@ -16,6 +16,7 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
+from minitron.compat.te import require_transformer_engine
 from minitron.config.model import ModelConfig
 from minitron.config.parallel import ParallelConfig, padded_vocab_size
 from minitron.config.precision import PrecisionConfig
@@ -82,13 +83,21 @@ def build_gpt(
         groups: This rank's process groups.
         device: ``cpu`` or ``cuda``.
         initialize: Draw random weights (for training from scratch) instead of leaving them undefined.
-        local_spec: Use Megatron's own modules even on CUDA. Scoring needs it: Transformer Engine fuses
+        local_spec: Use Megatron's own modules even on CUDA, without FP8. Scoring needs it: Transformer Engine fuses
             the norms into the linears, where no hook can see their output.
         vocab_rows: Rows of embedding and output layer over all tensor-parallel ranks, where another model decides;
             None pads the model's own vocabulary.
+
+    Raises:
+        PlatformError: Transformer Engine is needed and not there.
     """
+    assert not (precision.fp8 and device is Device.cpu), "refused before anything starts (runtime.device)"
+    if local_spec or device is Device.cpu:
+        local_spec, precision = True, precision.plain()
+    else:
+        require_transformer_engine()
     config = transformer_config(model, parallel, precision, device=device, initialize=initialize)
-    spec = _layer_spec(device, local_spec=local_spec)
+    spec = _layer_spec(local=local_spec)
     rows = vocab_rows or padded_vocab_size(model.vocab_size, parallel.tensor_model_parallel_size)
     chunks = Chunks(
         _build_chunk(index, model, parallel, config, spec, groups, rows) for index in range(parallel.num_chunks)
@@ -123,8 +132,9 @@ def _build_chunk(
     )
 
 
-def _layer_spec(device: Device, *, local_spec: bool) -> ModuleSpec:
-    if local_spec or device is Device.cpu:
+def _layer_spec(*, local: bool) -> ModuleSpec:
+    """Megatron's own modules or Transformer Engine's; checkpoints of the two have the same names."""
+    if local:
         return get_gpt_layer_local_spec(normalization="RMSNorm")
     return get_gpt_layer_with_transformer_engine_spec()
 

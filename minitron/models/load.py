@@ -33,7 +33,8 @@ def load_gpt(
         session: The running job.
         parallel: The layout to build for, on the session's ranks; without it the session's for a model that is
             only run forward (`ParallelConfig.plain`).
-        precision: Number formats, when they are not the session's.
+        precision: Number formats; without them the session's for a model that is only run forward
+            (`PrecisionConfig.plain`).
         local_spec: See `build_gpt`.
         vocab_rows: See `build_gpt`. Rows that the checkpoint lacks are zero, those beyond are not read.
 
@@ -47,7 +48,7 @@ def load_gpt(
     gpt = build_gpt(
         model,
         parallel,
-        precision or session.config.precision,
+        precision or session.config.precision.plain(),
         session.groups,
         device=session.device,
         local_spec=local_spec,

@@ -1,5 +1,8 @@
 """Fill Megatron's `TransformerConfig` from ours: the only place that does."""
 
+import importlib.util
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -74,8 +77,8 @@ def transformer_config(
         recompute_num_layers=parallel.recompute_num_layers,
         perform_initialization=initialize,
         use_cpu_initialization=on_cpu,
-        gradient_accumulation_fusion=not on_cpu,
-        masked_softmax_fusion=not on_cpu,
+        gradient_accumulation_fusion=not on_cpu and _has_apex_kernel(),
+        masked_softmax_fusion=False,  # Megatron's own attention alone reads it, and would need Apex's kernels
         bias_activation_fusion=not on_cpu,
         bias_dropout_fusion=not on_cpu,
         apply_rope_fusion=not on_cpu,
@@ -84,7 +87,35 @@ def transformer_config(
         batch_p2p_sync=False,  # a wait for the device after every send, for versions of torch older than ours
         overlap_p2p_comm=interleaved,
         deallocate_pipeline_outputs=True,
+        **_fp8_fields(precision),
     )
+
+
+def _fp8_fields(precision: PrecisionConfig) -> dict[str, Any]:
+    """The fields that make Megatron enter Transformer Engine's FP8 context around the layers; none without FP8.
+
+    Weights stay in bf16 beside their FP8 copies (no ``fp8_param``): a checkpoint then has what the optimizer rounds,
+    not what FP8 left of it.
+    """
+    if precision.fp8 is None:
+        return {}
+    return {
+        "fp8": precision.fp8.value,
+        "fp8_recipe": precision.fp8_recipe.value,
+        "fp8_amax_history_len": precision.fp8_amax_history_len,
+        "fp8_amax_compute_algo": precision.fp8_amax_compute_algo.value,
+        "first_last_layers_bf16": precision.first_last_layers_bf16,
+        "num_layers_at_start_in_bf16": precision.num_layers_at_start_in_bf16,
+        "num_layers_at_end_in_bf16": precision.num_layers_at_end_in_bf16,
+    }
+
+
+def _has_apex_kernel() -> bool:
+    """Whether Apex's product that adds to the fp32 gradient is installed; NVIDIA's container has it, PyPI does not.
+
+    Megatron's output layer refuses to be built with the fusion and without the kernel. Results are the same.
+    """
+    return importlib.util.find_spec("fused_weight_gradient_mlp_cuda") is not None
 
 
 def check_rope(model: ModelConfig) -> None:

@@ -3,12 +3,16 @@
 import contextlib
 import datetime
 from collections.abc import Iterator
+from typing import NoReturn
 
 import torch
 
+from minitron.compat import te
 from minitron.compat.cpu import CPU_LAYER
+from minitron.config.fp8 import NEEDS, unmet_need
 from minitron.config.parallel import ParallelConfig
-from minitron.config.run import Device
+from minitron.config.precision import Fp8Recipe
+from minitron.config.run import Device, RunConfig
 from minitron.errors import LayoutError, PlatformError
 from minitron.runtime.env import DistEnv
 
@@ -28,6 +32,62 @@ def resolve_device(device: Device) -> Device:
     if device is Device.auto:
         device = Device.cuda if has_cuda else Device.cpu
     return device
+
+
+def check_precision(config: RunConfig, device: Device) -> None:
+    """Refuse FP8 that the device cannot do, going by its compute capability and by the CUDA torch was built for.
+
+    Args:
+        config: The run.
+        device: ``cpu`` or ``cuda``; see `resolve_device`. Of several GPUs the first stands for all.
+
+    Raises:
+        PlatformError: With the device, the setting, and what it needs.
+    """
+    for key, recipe in _recipes(config).items():
+        if device is Device.cpu:
+            least = ".".join(map(str, NEEDS[recipe].capability))
+            raise PlatformError(
+                f"{key}={recipe} needs an NVIDIA GPU of compute capability {least} or higher, but the device is cpu; "
+                "set precision=bf16 (or fp32) and distill.teacher.fp8_recipe=null"
+            )
+        cuda = torch.version.cuda
+        reason = unmet_need(
+            recipe,
+            capability=torch.cuda.get_device_capability(0),
+            cuda=None if cuda is None else (int(cuda.split(".")[0]), int(cuda.split(".")[1])),
+        )
+        if reason:
+            _refuse(key, recipe, reason)
+
+
+def check_transformer_engine(config: RunConfig, device: Device) -> None:
+    """Make sure, on a rank whose GPU is set, that Transformer Engine is there and does the run's FP8.
+
+    Raises:
+        PlatformError: It is not installed, does not load, or refuses a recipe.
+    """
+    if device is Device.cpu:
+        return
+    te.require_transformer_engine()
+    for key, recipe in _recipes(config).items():
+        if reason := te.unsupported(recipe):
+            _refuse(key, recipe, f"Transformer Engine says: {reason}")
+
+
+def _recipes(config: RunConfig) -> dict[str, Fp8Recipe]:
+    """The FP8 recipes that a run asks for, by their key."""
+    found: dict[str, Fp8Recipe] = {}
+    if config.precision.fp8 is not None:
+        found["precision.fp8_recipe"] = config.precision.fp8_recipe
+    if config.distill.teacher.fp8_recipe is not None:
+        found["distill.teacher.fp8_recipe"] = config.distill.teacher.fp8_recipe
+    return found
+
+
+def _refuse(key: str, recipe: Fp8Recipe, reason: str) -> NoReturn:
+    name = torch.cuda.get_device_name()
+    raise PlatformError(f"{key}={recipe} cannot run on {name}: {reason}; choose another recipe, or bf16")
 
 
 def check_num_ranks(env: DistEnv, parallel: ParallelConfig) -> None:
@@ -55,7 +115,7 @@ def process_group(env: DistEnv, device: Device, *, timeout: datetime.timedelta =
     if device is Device.cpu:
         CPU_LAYER.apply()
     else:
-        torch.cuda.set_device(env.local_rank)
+        _set_cuda_device(env)
     torch.distributed.init_process_group(
         backend="gloo" if device is Device.cpu else "cpu:gloo,cuda:nccl",
         rank=env.rank,
@@ -67,3 +127,18 @@ def process_group(env: DistEnv, device: Device, *, timeout: datetime.timedelta =
     finally:
         torch.distributed.destroy_process_group()
         CPU_LAYER.undo()
+
+
+def _set_cuda_device(env: DistEnv) -> None:
+    """Make this rank's GPU the current one, before anything is allocated.
+
+    Raises:
+        PlatformError: More ranks on this machine than torch sees GPUs.
+    """
+    number = torch.cuda.device_count()
+    if env.local_rank >= number:
+        raise PlatformError(
+            f"local rank {env.local_rank} has no GPU: torch sees {number} on this machine (CUDA_VISIBLE_DEVICES, "
+            "--gpus-per-node); start as many ranks a machine as it has GPUs"
+        )
+    torch.cuda.set_device(env.local_rank)

@@ -117,7 +117,8 @@ class StartingPoint:
     def load(self, session: Session) -> tuple[Chunks, ModelConfig]:
         """This rank's part of the model, and its architecture."""
         if not self.random_weights:
-            return load_gpt(self.folder, session, parallel=session.config.parallel)
+            config = session.config
+            return load_gpt(self.folder, session, parallel=config.parallel, precision=config.precision)
         config, groups = session.config, session.groups
         model = read_model_config(self.folder)
         seed_weights(config.seed, groups)

@@ -261,6 +261,23 @@ def test_no_tokenizer(fails: Fails, model: Path) -> None:
         ),
         (4, ["source.random.num_attention_heads=0"], "source.random: hidden_size=64 is not a multiple of"),
         (4, ["source.random.num_layers=0"], "num_layers=0 must be at least 1"),
+        (
+            3,
+            ["precision=fp8_delayed", "prune.hidden_size=56"],
+            "student: hidden_size=56 is not a multiple of 16 (nearest: 48 or 64), which FP8 (delayed) needs",
+        ),
+        (
+            3,
+            [
+                "precision=bf16",
+                "distill.teacher.fp8_recipe=mxfp8",
+                "distill.teacher.parallel.tensor_model_parallel_size=4",
+                "parallel.data_parallel_size=4",
+                "source.random.ffn_hidden_size=192",
+            ],
+            "teacher of student: ffn_hidden_size=192 / tensor_model_parallel_size=4 = 48 is not a multiple of 32",
+        ),
+        (10, ["precision=mxfp8"], "precision.fp8_recipe=mxfp8 needs an NVIDIA GPU of compute capability 10.0 or"),
         (5, ["data=files", "data.paths=[/nowhere/a.txt]", "data.seq_length=32"], "/nowhere/a.txt"),
     ],
     ids=lambda value: value[-1] if isinstance(value, list) else "",
@@ -271,7 +288,12 @@ def test_what_does_not_fit(fails: Fails, code: int, overrides: list[str], messag
 
 def test_too_little_text(fails: Fails, tmp_path: Path) -> None:
     (tmp_path / "text.txt").write_text("x" * 100)
-    given = ["data=files", f"data.paths=[{tmp_path / 'text.txt'}]", "score.num_samples=2", "prune.reconstruct.enabled=false"]
+    given = [
+        "data=files",
+        f"data.paths=[{tmp_path / 'text.txt'}]",
+        "score.num_samples=2",
+        "prune.reconstruct.enabled=false",
+    ]
     message = fails(5, "source.kind=random", *given, "distill.train.global_batch_size=4")
     assert "text.txt: 100 bytes in 1 documents are at most 102 tokens" in message
     assert "need 162" in message  # (4 + 1) x 32, and the last label of either split

@@ -48,6 +48,11 @@ def _digests(config: RunConfig, wanted: list[str] = LINE) -> dict[str, str]:
         ("distill.teacher.micro_batch_size=1", ""),
         ("distill.teacher.dtype=bf16", "distill eval_distilled export report"),
         ("distill.teacher.dtype=fp32", ""),  # what null takes
+        ("precision.fp8_recipe=mxfp8", ""),  # there is no FP8
+        (
+            "precision.dtype=bf16",
+            "eval_teacher score prune eval_pruned distill eval_distilled baseline eval_baseline export report",
+        ),
         ("distill.cross_entropy.mixing=scaled", ""),  # nothing is mixed in
         ("distill.cross_entropy.weight=0.5", "distill eval_distilled export report"),
         ("distill.intermediate.loss=mse", ""),  # no pair
@@ -97,6 +102,7 @@ def test_what_a_setting_changes(base: list[str], override: str, changed: str) ->
         ("distill.intermediate.attention_relations=[last]", "distill.intermediate.relation_heads=4", True),
         ("precision.dtype=bf16", "distill.teacher.dtype=fp32", True),
         ("precision.dtype=bf16", "distill.teacher.dtype=bf16", False),
+        ("precision.dtype=bf16", "distill.teacher.fp8_recipe=tensorwise", True),
     ],
 )
 def test_settings_of_a_loss_count_where_it_is_used(base: list[str], given: str, override: str, counts: bool) -> None:
@@ -148,6 +154,25 @@ def test_questions_count_by_their_content(base: list[str], tmp_path: Path) -> No
     assert digests[0] != digests[1]
 
 
+def test_fp8_counts_in_training_alone(base: list[str]) -> None:
+    """Scores, evaluation and export are made without it."""
+    base = [*base, "precision.dtype=bf16"]
+    fp8 = ["precision.fp8=hybrid", "precision.fp8_recipe=tensorwise"]
+    none, on, longer, ends = (
+        _digests(compose_run([*base, *more]))
+        for more in (
+            [],
+            fp8,
+            [*fp8, "precision.fp8_amax_history_len=2"],
+            [*fp8, "precision.first_last_layers_bf16=true"],
+        )
+    )
+    trained = ["distill", "eval_distilled", "baseline", "eval_baseline", "export", "report"]
+    assert [stage for stage in LINE if none[stage] != on[stage]] == trained
+    assert on == longer
+    assert [stage for stage in LINE if on[stage] != ends[stage]] == trained
+
+
 CACHED = [*LINE[: LINE.index("distill")], "teacher_logits", *LINE[LINE.index("distill") :]]
 AFTER_CACHE = ["teacher_logits", "distill", "eval_distilled", "export", "report"]
 
@@ -161,6 +186,7 @@ AFTER_CACHE = ["teacher_logits", "distill", "eval_distilled", "export", "report"
         ("teacher_logits.num_draws=8", "teacher_logits"),
         ("teacher_logits.method=top_p", "teacher_logits"),
         ("distill.teacher.dtype=bf16", "teacher_logits"),
+        ("distill.teacher={dtype: bf16, fp8_recipe: mxfp8}", "teacher_logits"),
     ],
 )
 def test_what_a_setting_changes_with_a_cache(base: list[str], override: str, changed: str) -> None:
@@ -211,7 +237,7 @@ def test_a_foreign_cache_is_checked_against_the_planned_teacher(base: list[str],
     other, changed = told([*foreign, "correction.lr_scale=0.5"])
     assert teacher != other == changed
     assert told(foreign, "score")[0] is None
-    with pytest.raises(ConfigError, match=r"dtype=bf16, but the teacher ran in fp32 when distill.teacher.cache=.* was"):
+    with pytest.raises(ConfigError, match=r"say bf16, but the teacher ran in fp32 when distill.teacher.cache=.* was"):
         told([*foreign, "distill.teacher.dtype=bf16"])
 
 

@@ -1,0 +1,48 @@
+"""What is asked for and not possible on a device is an error that names both."""
+
+import pytest
+import torch
+
+from minitron.config.compose import compose_run
+from minitron.config.run import Device
+from minitron.errors import PlatformError
+from minitron.runtime.device import check_precision, process_group, resolve_device
+from minitron.runtime.env import DistEnv
+
+RANDOM = "source.kind=random"
+on_a_cpu = pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        (["precision=fp8_delayed"], r"^precision.fp8_recipe=delayed needs an NVIDIA GPU .* 8.9 or higher, .* is cpu"),
+        (["precision=mxfp8"], r"^precision.fp8_recipe=mxfp8 needs an NVIDIA GPU .* 10.0 or higher, .* is cpu"),
+        (
+            ["precision=bf16", "distill.teacher.fp8_recipe=blockwise"],
+            r"^distill.teacher.fp8_recipe=blockwise needs an NVIDIA GPU .* 9.0 or higher, but the device is cpu",
+        ),
+    ],
+)
+def test_fp8_on_the_cpu(overrides: list[str], said: str) -> None:
+    with pytest.raises(PlatformError, match=said) as caught:
+        check_precision(compose_run([RANDOM, *overrides]), Device.cpu)
+    assert "\n" not in str(caught.value)
+
+
+def test_bf16_on_the_cpu() -> None:
+    check_precision(compose_run([RANDOM, "precision=bf16", "precision.fp8_recipe=mxfp8"]), Device.cpu)
+
+
+@on_a_cpu
+def test_cuda_without_a_gpu() -> None:
+    with pytest.raises(PlatformError, match=r"device=cuda, but torch .* sees no CUDA device"):
+        resolve_device(Device.cuda)
+    assert resolve_device(Device.auto) is Device.cpu
+
+
+@on_a_cpu
+def test_a_rank_without_a_gpu_of_its_own() -> None:
+    env = DistEnv(rank=1, world_size=2, local_rank=1)
+    with pytest.raises(PlatformError, match="local rank 1 has no GPU: torch sees 0"), process_group(env, Device.cuda):
+        pass
