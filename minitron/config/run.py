@@ -10,6 +10,7 @@ from minitron.config.parallel import ParallelConfig
 from minitron.config.precision import Dtype, PrecisionConfig
 from minitron.config.prune import PruneConfig
 from minitron.config.score import ScoreConfig
+from minitron.config.search import SearchConfig
 from minitron.config.teacher_logits import TeacherLogitsConfig
 from minitron.errors import ConfigError
 
@@ -145,6 +146,7 @@ class RunConfig:
     data: DataConfig = field(default_factory=DataConfig)
     score: ScoreConfig = field(default_factory=ScoreConfig)
     prune: PruneConfig = field(default_factory=PruneConfig)
+    search: SearchConfig = field(default_factory=SearchConfig)
     teacher_logits: TeacherLogitsConfig = field(default_factory=TeacherLogitsConfig)
     distill: DistillConfig = field(default_factory=DistillConfig)
     baseline: BaselineConfig = field(default_factory=BaselineConfig)

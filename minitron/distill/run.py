@@ -24,7 +24,7 @@ from minitron.models.gpt import Chunks
 from minitron.models.load import load_gpt
 from minitron.models.transformer_config import padded_vocab_size
 from minitron.runtime.session import Session
-from minitron.train.run import StartingPoint, train_to_folder
+from minitron.train.run import Leg, StartingPoint, train_to_folder
 
 
 def distill(
@@ -37,6 +37,7 @@ def distill(
     settings: TrainConfig,
     data: Path,
     out: Path,
+    leg: Leg | None = None,
 ) -> dict[str, float]:
     """Distill the teacher into the student.
 
@@ -50,6 +51,7 @@ def distill(
         settings: Batch, schedule, optimizer.
         data: The data folder.
         out: The stage's working folder.
+        leg: The part of the run to do; None does all of it.
 
     Raises:
         ModelError: The two models' tokenizers differ.
@@ -82,6 +84,7 @@ def distill(
             side_files_of=start.folder,
             out=out,
             group_size=recipe.teacher_microbatches,
+            leg=leg,
         )
 
 
