@@ -6,7 +6,7 @@ that it reaches. Everything before them (import, data, teacher, scores) is the r
 
 import itertools
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -197,7 +197,7 @@ def _rung(distill: Stage, steps: int) -> Stage:
     def values(config: RunConfig) -> dict[str, Any]:
         return distill.values(config) | {"search.steps": steps, "search.eval_tokens": config.search.eval_tokens}
 
-    def run(session: "Session", out: Path) -> Mapping[str, Any]:
+    def run(session: "Session", out: Path) -> dict[str, Any]:
         from minitron.cli.searching import distill_to
 
         return distill_to(session, out, steps)

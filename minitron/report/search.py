@@ -1,13 +1,13 @@
 """`minitron search`: the candidates side by side, loss against cost, and how steady their order is."""
 
 import json
-from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import yaml
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 from rich import box
 from rich.console import Console
 from rich.table import Table
@@ -121,34 +121,26 @@ def read_search(folder: Path) -> SearchResult:
         ) from error
 
 
-_HEADINGS = (
-    "layers",
-    "hidden",
-    "ffn",
-    "heads",
-    "groups",
-    "parameters",
-    "memory",
-    "latency",
-    "pruned",
-    "distilled",
-    "tokens",
-)
+_SIZES = ("layers", "hidden", "ffn", "heads", "groups")
+_MEASURES = ("params", "memory", "latency", "pruned", "distilled", "tokens")
 
 
-def cells(result: SearchResult) -> Iterable[tuple[str, ...]]:
-    """The table's cells, in the order of `_HEADINGS`."""
-    for row in result.rows:
-        yield (
-            *map(str, (row.num_layers, row.hidden_size, row.ffn_hidden_size)),
-            *map(str, (row.num_attention_heads, row.num_query_groups)),
-            fmt.count(row.parameters),
-            fmt.size(1e9 * row.memory_gb),
-            milliseconds(row.latency_ms),
-            fmt.nats(row.pruned_loss),
-            "-" if row.loss is None else fmt.nats(row.loss),
-            fmt.count(row.num_tokens),
-        )
+def size_cells(row: SearchRow) -> tuple[str, ...]:
+    """A candidate's sizes, in the order of `_SIZES`."""
+    sizes = (row.num_layers, row.hidden_size, row.ffn_hidden_size, row.num_attention_heads, row.num_query_groups)
+    return tuple(map(str, sizes))
+
+
+def measure_cells(row: SearchRow) -> tuple[str, ...]:
+    """What a candidate costs and is worth, in the order of `_MEASURES`."""
+    return (
+        fmt.count(row.parameters),
+        fmt.size(1e9 * row.memory_gb),
+        milliseconds(row.latency_ms),
+        fmt.nats(row.pruned_loss),
+        "-" if row.loss is None else fmt.nats(row.loss),
+        fmt.count(row.num_tokens),
+    )
 
 
 def milliseconds(value: float) -> str:
@@ -184,18 +176,20 @@ def summary(result: SearchResult) -> list[str]:
 
 def markdown(result: SearchResult) -> str:
     """The table and what belongs to it, for a page."""
-    head = f"| {' | '.join(_HEADINGS)} |\n|{'---|' * len(_HEADINGS)}\n"
-    body = "".join(f"| {' | '.join(row)} |\n" for row in cells(result))
+    headings = (*_SIZES, *_MEASURES)
+    head = f"| {' | '.join(headings)} |\n|{'---|' * len(headings)}\n"
+    body = "".join(f"| {' | '.join((*size_cells(row), *measure_cells(row)))} |\n" for row in result.rows)
     return head + body + "\n" + "\n".join(f"- {line}" for line in summary(result)) + "\n"
 
 
 def print_search(result: SearchResult, folder: Path, console: Console) -> None:
-    """Print the table, what belongs to it, and how to go on."""
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    for heading in _HEADINGS:
+    """Print the table, what belongs to it, and how to go on. The table fits 80 columns."""
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
+    table.add_column("candidate", no_wrap=True)
+    for heading in _MEASURES:
         table.add_column(heading, justify="right", no_wrap=True)
-    for number, row in enumerate(cells(result)):
-        table.add_row(*row, style="bold" if number == 0 else None)
+    for number, row in enumerate(result.rows):
+        table.add_row(row.name, *measure_cells(row), style="bold" if number == 0 else None)
     console.print(table)
     for line in summary(result):
         console.print(line, markup=False, highlight=False)
@@ -227,6 +221,7 @@ def plot_search(result: SearchResult) -> Figure:
         best = result.rows[0]
         axes.plot([getattr(best, cost)], [best.loss], "*", color=look.RED, markersize=13, label=f"winner: {best.name}")
         look.tidy(axes, label, "held-out loss (nats/token)" if number == 0 else "", grid="both")
+        axes.xaxis.set_major_locator(MaxNLocator(4))
         if cost == "parameters":
             look.token_axis(axes)  # counts, as 97.8M
     handles, labels = plots[0].get_legend_handles_labels()

@@ -89,11 +89,19 @@ def test_what_is_written_is_read_again(tmp_path: Path) -> None:
 
 
 def test_terminal(tmp_path: Path) -> None:
-    console = Console(file=io.StringIO(), width=120)
-    print_search(RESULT, tmp_path, console)
+    longest = replace(
+        RESULT.rows[0], name="L32-h4608-f16128-a48-g8", parameters=8_271_699_968, memory_gb=16.54, latency_ms=1234.5
+    )
+    console = Console(file=io.StringIO(), width=80, soft_wrap=True)
+    print_search(replace(RESULT, rows=[longest, *RESULT.rows[1:]]), tmp_path, console)
     assert isinstance(console.file, io.StringIO)
     text = console.file.getvalue()
     assert "go on: minitron compress <the same settings> prune.num_layers=26" in text
+    table = text[: text.index("12 shapes")].splitlines()
+    assert max(map(len, table)) <= 80
+    assert next(line.split() for line in table if "L32" in line) == [
+        *("L32-h4608-f16128-a48-g8", "8.27B", "16.5", "GB", "1.23", "s", "3.460", "2.342", "61.4k")
+    ]
     assert text.index("2.342") < text.index("2.400") < text.index("2.900")
 
 
