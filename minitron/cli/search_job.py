@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
-from minitron.cli.search_stages import LATENCY, RESULT, SEARCH, candidate_line, is_search, search_plans, search_space
+from minitron.cli.search_stages import LATENCY, RESULT, SEARCH, is_search, search_plans, search_space
 from minitron.cli.source import source_model
 from minitron.cli.stages import stages_of
 from minitron.cli.turn import in_turn
@@ -96,9 +96,9 @@ def check_search(config: RunConfig, run: RunFolder, *, teacher: ModelConfig | No
     if search.latency.source is LatencySource.roofline or run.meta(LATENCY) is not None or not space.candidates:
         require_candidates(space, search)
     for candidate in space.candidates:
-        matched = candidate_line(config, candidate).config.distill.intermediate
         try:
-            find_matches(matched, teacher or source_model(config), candidate.model, config.parallel)
+            beside = teacher or source_model(config)
+            find_matches(config.distill.intermediate, beside, candidate.model, config.parallel)
         except ConfigError as error:
             raise ConfigError(f"search: {candidate.name}: {error}; rules such as last-2 fit every depth") from error
     if search.workers > 1:

@@ -17,7 +17,7 @@ from minitron.config.compose import flat_values
 from minitron.config.prune import Ranking
 from minitron.config.run import RunConfig
 from minitron.config.search import LatencySource, candidate_training, rung_steps
-from minitron.pipeline import OutsideHashes, Planned, Stage, plan_stages
+from minitron.pipeline import OutsideHashes, Planned, Stage, outside_hashes, plan_stages
 from minitron.runtime.artefact import RunFolder
 from minitron.search.latency import read_latencies, width_name
 from minitron.search.rank import best, num_survivors
@@ -144,9 +144,10 @@ def search_plans(config: RunConfig, run: RunFolder, outside: OutsideHashes) -> I
         ArtefactError: See `plan_stages`.
         ConfigError: No candidate is left after latencies have been measured, or too many are.
     """
+    known = dict(outside)
 
     def plan(wanted: Sequence[str]) -> list[Planned]:
-        return plan_search(config, run, wanted, outside)
+        return plan_search(config, run, wanted, known)
 
     if config.search.latency.source is LatencySource.measured:
         yield plan(["import", LATENCY])
@@ -163,10 +164,18 @@ def search_plans(config: RunConfig, run: RunFolder, outside: OutsideHashes) -> I
 
 
 def plan_search(config: RunConfig, run: RunFolder, wanted: Sequence[str], outside: OutsideHashes) -> list[Planned]:
-    """`plan_stages` for stages of a search; outside content that is not hashed yet is hashed here."""
+    """`plan_stages` for stages of a search.
+
+    Args:
+        config: The run's configuration.
+        run: Its folder.
+        wanted: Names of the stages to run.
+        outside: Hashes of outside content by stage; those that are not there yet are made and added, for the next
+            plan (a large model takes minutes).
+    """
     stages = stages_of_search(config, run, wanted)
-    known = {stage.name: outside[stage.name] if stage.name in outside else stage.outside(config) for stage in stages}
-    return plan_stages(stages, config, run, wanted, known)
+    outside.update(outside_hashes([stage for stage in stages if stage.name not in outside], config))
+    return plan_stages(stages, config, run, wanted, outside)
 
 
 def _first_stages(config: RunConfig) -> list[Stage]:

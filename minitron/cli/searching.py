@@ -6,6 +6,7 @@ from typing import Any
 
 from minitron.cli.actions import train_stage
 from minitron.cli.search_stages import (
+    SEARCH,
     candidates_of,
     distilled,
     distilled_loss,
@@ -86,11 +87,15 @@ def compare(config: RunConfig, run: RunFolder, candidates: dict[str, Candidate],
     curves = [_curve(run, name, [steps for steps, _ in rungs]) for name in finished]
     last_two = _last_two(curves)
     best = ordered[0]
-    space = search_space(config, run)
+    space, teacher = search_space(config, run), read_eval(run.stage("eval_teacher"))
+    compared_on = {read_eval(run.stage(f"{SEARCH}/{name}/eval_pruned"))["num_tokens"] for name in candidates}
+    assert len(compared_on) == 1, "the tokens are part of the stage's identity"
     return SearchResult(
         rows=ordered,
         winner=best.name,
-        teacher_loss=float(read_eval(run.stage("eval_teacher"))["loss"]),
+        eval_tokens=compared_on.pop(),
+        teacher_loss=float(teacher["loss"]),
+        teacher_tokens=int(teacher["num_tokens"]),
         latency_source=_latency_source(config, device),
         space=f"{space.num_points} shapes, {len(candidates)} candidates ({space.reasons or 'none dropped'})",
         stability=rank_correlation(*([c[t] for c in curves] for t in last_two)) if last_two else None,

@@ -1,5 +1,6 @@
 """The model that a run compresses, before anything is imported."""
 
+import functools
 from pathlib import Path
 
 from minitron.config.model import ModelConfig
@@ -12,5 +13,11 @@ def source_model(config: RunConfig) -> ModelConfig:
     """Architecture of the model to compress, every cheap check made."""
     if config.source.kind is SourceKind.path:
         assert config.source.path is not None  # checked when composed
-        return inspect_source(Path(config.source.path)).model
+        return _inspected(Path(config.source.path).resolve())
     return random_model(config.source.random)
+
+
+@functools.cache
+def _inspected(path: Path) -> ModelConfig:
+    """Looked at once a process: a search asks for every round."""
+    return inspect_source(path).model

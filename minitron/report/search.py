@@ -63,7 +63,9 @@ class SearchResult:
     Attributes:
         rows: The best first; those that stopped early come after the finished ones, then those not distilled.
         winner: Name of the first.
-        teacher_loss: Held-out loss of the teacher, on ``eval.num_tokens`` tokens.
+        eval_tokens: Held-out tokens that candidates are compared on.
+        teacher_loss: Held-out loss of the teacher.
+        teacher_tokens: Held-out tokens that it is of.
         latency_source: How latencies were found.
         space: What became of the grid, in words.
         stability: Rank correlation of the finished candidates' last two validations; None for fewer than three.
@@ -74,7 +76,9 @@ class SearchResult:
 
     rows: list[SearchRow]
     winner: str
+    eval_tokens: int
     teacher_loss: float
+    teacher_tokens: int
     latency_source: str
     space: str
     stability: float | None
@@ -151,9 +155,10 @@ def milliseconds(value: float) -> str:
 def summary(result: SearchResult) -> list[str]:
     """What the table does not say."""
     finished = [row for row in result.rows if row.finished]
+    teachers = f"{fmt.nats(result.teacher_loss)}, of {result.teacher_tokens:,}"
     lines = [
         f"{result.space}; {len(finished)} distilled to the end. Latency: {result.latency_source}.",
-        f"Losses are held-out, nats/token; the teacher's is {fmt.nats(result.teacher_loss)}.",
+        f"Losses are of {result.eval_tokens:,} held-out tokens, nats/token; the teacher's is {teachers}.",
     ]
     if result.stability is None:
         lines.append("Too few finished candidates for a rank correlation, or no two validations of all.")

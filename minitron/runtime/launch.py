@@ -2,6 +2,7 @@
 
 import contextlib
 import logging
+import signal
 import subprocess
 import sys
 import time
@@ -84,14 +85,21 @@ def launch_side_by_side(
             command = [sys.executable, "-m", __name__, str(num_ranks), *arguments]
             environ = place_environment(place, num_places, num_ranks, uses_cuda=uses_cuda)
             running.append(subprocess.Popen(command, stdout=log, env=environ))
+        before = signal.signal(signal.SIGTERM, _leave)
         try:
             return _wait_for_all(running)
         finally:
+            signal.signal(signal.SIGTERM, before)
             for process in running:
                 if process.poll() is None:
                     process.terminate()
             for process in running:
                 process.wait()
+
+
+def _leave(number: int, _frame: object) -> None:
+    """Let a request to end run the clean-up: the jobs must not outlive this process."""
+    raise SystemExit(128 + number)
 
 
 def _wait_for_all(running: Sequence["subprocess.Popen[bytes]"]) -> int:

@@ -49,7 +49,9 @@ RESULT = SearchResult(
         _row("d", None, finished=False, num_tokens=0, pruned_loss=9.0),
     ],
     winner="a",
+    eval_tokens=4096,
     teacher_loss=1.892,
+    teacher_tokens=16_384,
     latency_source="roofline of h100",
     space="12 shapes, 4 candidates (8 by search.budget.parameters.max)",
     stability=0.8,
@@ -69,7 +71,7 @@ def test_table() -> None:
 def test_what_the_table_does_not_say() -> None:
     lines = summary(RESULT)
     assert lines[0] == f"{RESULT.space}; 2 distilled to the end. Latency: roofline of h100."
-    assert "the teacher's is 1.892" in lines[1]
+    assert lines[1] == "Losses are of 4,096 held-out tokens, nats/token; the teacher's is 1.892, of 16,384."
     assert lines[2] == "Rank correlation of the last two validations (46.1k and 61.4k tokens): 0.80."
     assert lines[3:5] == [
         "On the Pareto front of loss and parameters: a, b.",
