@@ -1,6 +1,7 @@
 """Train a model to the end and write it as a checkpoint folder; by cross-entropy, from any start."""
 
 import shutil
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -16,7 +17,7 @@ from minitron.models.load import load_gpt
 from minitron.parallel.groups import seed_weights
 from minitron.runtime.session import Session
 from minitron.runtime.tracking import MetricsWriter
-from minitron.train.heldout import heldout_loss
+from minitron.train.heldout import HeldoutLoss, heldout_loss
 from minitron.train.loop import TrainJob, train
 from minitron.train.objective import CrossEntropy, Objective
 from minitron.train.optim import make_trainable
@@ -86,24 +87,13 @@ def train_to_folder(
         seed=config.seed,
         num_steps=leg.num_steps,
     )
-    heldout = heldout_batches(
-        data,
-        seq_length=seq_length,
-        micro_batch_size=settings.micro_batch_size,
-        dp_rank=groups.dp_rank,
-        dp_size=groups.dp.size(),
-        max_tokens=settings.eval_tokens,
-    )
-    cross_entropy = CrossEntropy(model.vocab_size, groups, config.parallel.sequence_parallel)
     with session.progress(stage) as progress:
         summary = train(
             TrainJob(
                 trainable=trainable,
                 objective=objective,
                 batches=batches,
-                validate=lambda: heldout_loss(
-                    gpt, [batch.on_rank(groups, session.torch_device) for batch in heldout], cross_entropy, groups
-                ),
+                validate=_validation(session, gpt, model, settings, data),
                 train=settings,
                 seq_length=seq_length,
                 group_size=group_size,
@@ -124,6 +114,25 @@ def train_to_folder(
         copy_side_files(side_files_of, out)
         shutil.rmtree(out / STATES_DIR, ignore_errors=True)  # last: until here an interrupted run goes on from them
     return summary
+
+
+def _validation(
+    session: Session, gpt: Chunks, model: ModelConfig, settings: TrainConfig, data: Path
+) -> Callable[[], HeldoutLoss]:
+    """Held-out loss of the model as it is at the time."""
+    groups = session.groups
+    heldout = heldout_batches(
+        data,
+        seq_length=session.config.data.seq_length,
+        micro_batch_size=settings.micro_batch_size,
+        dp_rank=groups.dp_rank,
+        dp_size=groups.dp.size(),
+        max_tokens=settings.eval_tokens,
+    )
+    cross_entropy = CrossEntropy(model.vocab_size, groups, session.config.parallel.sequence_parallel)
+    return lambda: heldout_loss(
+        gpt, [batch.on_rank(groups, session.torch_device) for batch in heldout], cross_entropy, groups
+    )
 
 
 @dataclass(frozen=True)
