@@ -200,6 +200,46 @@ def test_a_failing_candidate_stops_the_others_and_is_one_line(unbroken: Unbroken
     assert "Traceback" not in failed.stderr
 
 
+def test_ranks_of_torchrun_with_measured_latencies_and_a_cached_teacher(tmp_path: Path) -> None:
+    """Two stages; one of three shapes is not distilled."""
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    job = ["-m", "minitron.cli.main", "search", "experiment=tiny", f"runs_dir={tmp_path}", "device=cpu"]
+    settings = [
+        "parallel.pipeline_model_parallel_size=2",
+        "distill.teacher.source=cached",
+        "search.grid.num_layers=[2,3,4]",
+        "search.latency.source=measured",
+        "search.serving.prompt_tokens=32",
+        "search.serving.new_tokens=2",
+        "search.budget.latency_ms.max=60000",
+        "search.num_tokens=512",
+        "search.lr_warmup_steps=0",
+        "search.eval_tokens=256",
+        "search.distill_best=2",
+    ]
+    unset = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
+    done = subprocess.run(
+        [*launcher, *job, *settings],
+        cwd=REPOSITORY,
+        env={name: value for name, value in _environment().items() if name not in unset},
+        capture_output=True,
+        text=True,
+        timeout=280,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.count("go on: minitron compress") == 1
+    folder = tmp_path / "tiny" / "search"
+    rows = json.loads((folder / "result" / "search.json").read_text())["rows"]
+    [width] = json.loads((folder / "latency" / "latency.json").read_text()).values()
+    expected = {layers: width["rest_ms"] + layers * width["layer_ms"] for layers in (2, 3, 4)}
+    assert {row["num_layers"]: row["latency_ms"] for row in rows} == pytest.approx(expected)
+    best = sorted(rows, key=lambda row: row["pruned_loss"])[:2]
+    assert {row["name"] for row in rows if row["loss"] is not None} == {row["name"] for row in best}
+    meta = json.loads((folder / rows[0]["name"] / "distill_2" / "meta.json").read_text())
+    assert "teacher_logits" in meta["inputs"]
+
+
 def _kill_tree(launcher: int) -> None:
     """SIGKILL the launcher and its ranks (which the launcher puts into sessions of their own)."""
     children: dict[int, list[int]] = {}
