@@ -19,6 +19,7 @@ from minitron.config.parallel import check_layout
 from minitron.config.prune import check_target
 from minitron.config.run import RunConfig
 from minitron.config.teacher_layout import own_layout
+from minitron.data.sources import check_enough_text
 from minitron.errors import ConfigError, ModelError
 from minitron.pipeline import Planned, outside_hashes, plan_stages
 from minitron.runtime.artefact import RunFolder, storage_error
@@ -50,6 +51,8 @@ def run_job(verb: str, config: RunConfig, env: DistEnv | None) -> int:
         if config.tracking.wandb:
             wandb_mode()
         wanted = [] if verb == SEARCH else wanted_stages(verb, config)
+        if verb == SEARCH or "data" in wanted:
+            check_text(config)
     console = Console(soft_wrap=True)
     if verb == SEARCH:
         return run_search(config, run, env, console, teacher=teacher_model(config), write_resolved=_write_resolved)
@@ -173,6 +176,18 @@ def check_models(config: RunConfig) -> None:
             raise ModelError(
                 f"data.seq_length={config.data.seq_length} is longer than the model's {longest} positions; lower it"
             )
+
+
+def check_text(config: RunConfig) -> None:
+    """Check that there is text at all, and enough of it to start, before any work does.
+
+    How many tokens it has, only the data stage can tell: it checks again.
+
+    Raises:
+        DataError: With the arithmetic.
+    """
+    sequences = config.least_train_sequences + 1  # and one held out
+    check_enough_text(config.data, num_tokens=sequences * config.data.seq_length + 2)
 
 
 def teacher_model(config: RunConfig) -> ModelConfig | None:

@@ -163,3 +163,8 @@ class RunConfig:
         """Check what concerns no other section."""
         if not self.name or "/" in self.name or self.name.startswith("."):
             raise ConfigError(f"name={self.name!r} must be a plain folder name")
+
+    @property
+    def least_train_sequences(self) -> int:
+        """Sequences of training text without which no run can start: one global batch, the calibration samples."""
+        return max(self.distill.train.global_batch_size, self.score.num_samples)

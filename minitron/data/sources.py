@@ -42,6 +42,31 @@ def iter_documents(cfg: DataConfig) -> Iterator[Document]:
         raise DataError(f"{where}: no document with any text: check data.paths and data.text_key")
 
 
+def check_enough_text(cfg: DataConfig, *, num_tokens: int) -> None:
+    """Refuse a text that cannot give so many tokens, whatever the tokenizer.
+
+    A token is at least one byte; a document adds at most a first and a last one. Reads no further than it must.
+
+    Args:
+        cfg: the text.
+        num_tokens: the least that a run needs, over both splits.
+
+    Raises:
+        DataError: there are fewer; also as ``iter_documents``.
+    """
+    num_documents = num_bytes = 0
+    for document in iter_documents(cfg):
+        num_documents += 1
+        num_bytes += document.num_bytes
+        if num_bytes + 2 * num_documents >= num_tokens:
+            return
+    raise DataError(
+        f"{_where(cfg)}: {num_bytes} bytes in {num_documents} documents are at most {num_bytes + 2 * num_documents} "
+        f"tokens, but the first batch and one held-out sequence need {num_tokens}: give more text, or lower "
+        "data.seq_length, distill.train.global_batch_size and score.num_samples"
+    )
+
+
 def source_fingerprint(cfg: DataConfig) -> str:
     """Return a SHA-256 (hex) of the content that ``iter_documents(cfg)`` would read.
 

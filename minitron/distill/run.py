@@ -20,6 +20,7 @@ from minitron.distill.relayout import relayout_teacher
 from minitron.distill.teacher import OnlineTeacher, Teacher, freeze
 from minitron.distill.vocabulary import common_vocab_size
 from minitron.errors import ArtefactError
+from minitron.models.axes import num_parameters
 from minitron.models.gpt import Chunks
 from minitron.models.load import load_gpt
 from minitron.models.transformer_config import padded_vocab_size
@@ -53,6 +54,9 @@ def distill(
         out: The stage's working folder.
         leg: The part of the run to do; None does all of it.
 
+    Returns:
+        What the training loop tells, and the parameters of the teacher that ran beside the student: 0 from a cache.
+
     Raises:
         ModelError: The two models' tokenizers differ.
         ArtefactError: The cache belongs to another teacher or dataset, is damaged, or lacks samples.
@@ -73,7 +77,7 @@ def distill(
         objective = Distillation(
             source, student_model.vocab_size, session.groups, parallel.sequence_parallel, recipe, common, losses
         )
-        return train_to_folder(
+        summary = train_to_folder(
             session,
             stage=stage,
             gpt=student_gpt,
@@ -86,6 +90,8 @@ def distill(
             group_size=recipe.teacher_microbatches,
             leg=leg,
         )
+    online = recipe.teacher.source is TeacherSource.online
+    return {**summary, "teacher_parameters": num_parameters(read_model_config(teacher)) if online else 0}
 
 
 @contextmanager

@@ -24,6 +24,28 @@ from minitron.losses.vocab import VocabShard
 _MIB = 2**20
 
 
+class _Workspace:
+    """Chunks of logits, kept from call to call on the CPU: there, fresh memory costs page faults each time.
+
+    They are a few, of the size that `choose_chunk_tokens` allows. A GPU's allocator keeps memory by itself.
+    """
+
+    def __init__(self) -> None:
+        self._kept: dict[tuple[str, torch.dtype], Tensor] = {}
+
+    def chunk(self, name: str, shape: tuple[int, int], like: Tensor) -> Tensor:
+        """Uninitialised memory, valid until the next call with this name."""
+        if like.device.type != "cpu":
+            return like.new_empty(shape)
+        numel, key = shape[0] * shape[1], (name, like.dtype)
+        if key not in self._kept or self._kept[key].numel() < numel:
+            self._kept[key] = like.new_empty(numel)
+        return self._kept[key][:numel].view(shape)
+
+
+workspace = _Workspace()
+
+
 @dataclass(frozen=True)
 class Job[T: Target]:
     """What a loss needs besides the differentiable tensors.
@@ -94,7 +116,7 @@ class _LinearLoss(torch.autograd.Function):
             # One product is written where it belongs; a sum over chunks needs zeros, and a dtype wide enough.
             grad_weight_vH = weight_vH.new_empty(weight_vH.shape, dtype=None if one_chunk else job.weight_T.dtype)
             grad_weight_vH[num_valid if one_chunk else 0 :] = 0
-        logits_Cv = hidden_TH.new_empty(min(job.chunk_tokens, num_tokens), num_valid)
+        logits_Cv = workspace.chunk("student", (min(job.chunk_tokens, num_tokens), num_valid), hidden_TH)
         loss = hidden_TH.new_zeros((), dtype=torch.float64)
         for start in range(0, num_tokens, job.chunk_tokens):
             tokens = slice(start, min(start + job.chunk_tokens, num_tokens))

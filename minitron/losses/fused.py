@@ -8,7 +8,7 @@ from minitron.config.logit_loss import LogitLossConfig, TopKRest
 from minitron.errors import LayoutError
 from minitron.losses.checks import check_labels, check_linear, check_matrix, check_pair, check_sparse, token_weights
 from minitron.losses.dense import cross_entropy
-from minitron.losses.engine import Job, choose_chunk_tokens, linear_loss, logits_loss
+from minitron.losses.engine import Job, choose_chunk_tokens, linear_loss, logits_loss, workspace
 from minitron.losses.select import select
 from minitron.losses.sparse import SparseKL, SparseTarget
 from minitron.losses.vocab import VocabShard
@@ -71,7 +71,7 @@ def linear_distillation(
     chunk_tokens = choose_chunk_tokens(chunk_tokens, student_hidden_TH, vocab)
     teacher_hidden_TH = teacher_hidden_TH.detach()
     teacher_rows_vH = teacher_weight_vH.detach()[: vocab.num_valid]
-    teacher_Cv = teacher_hidden_TH.new_empty(min(chunk_tokens, num_tokens), vocab.num_valid)
+    teacher_Cv = workspace.chunk("teacher", (min(chunk_tokens, num_tokens), vocab.num_valid), teacher_hidden_TH)
 
     def teacher_logits(tokens: slice) -> Tensor:
         hidden_CH = teacher_hidden_TH[tokens]

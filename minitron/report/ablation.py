@@ -16,7 +16,7 @@ from minitron.errors import ArtefactError
 from minitron.models.axes import num_parameters
 from minitron.report import figure as look
 from minitron.report import format as fmt
-from minitron.report.collect import read_curve, read_eval
+from minitron.report.collect import read_curve, read_eval, teacher_parameters
 from minitron.report.cost import family_saving, forward_flops, training_flops
 from minitron.report.data import TrainingCurve
 from minitron.runtime.artefact import RunFolder, storage_error, write_json
@@ -139,7 +139,7 @@ def collect_ablation(run: RunFolder, config: RunConfig) -> Ablation:
     student = num_parameters(read_model_config(run.stage("prune")))
     teacher = num_parameters(read_model_config(run.stage("import")))
     _check_same_heldout(run)
-    recipes = [_recipe(run, name, student=student, teacher=teacher) for name in ABLATION]
+    recipes = [_recipe(run, name, student=student) for name in ABLATION]
     curves = {recipe.name: recipe.curve for recipe in recipes}
     saving = token_saving(curves[_BEST], curves[_SCRATCH])
     family = list(config.ablation.family) or [teacher, student]
@@ -248,12 +248,12 @@ def _check_same_heldout(run: RunFolder) -> None:
         )
 
 
-def _recipe(run: RunFolder, name: str, *, student: int, teacher: int) -> Recipe:
+def _recipe(run: RunFolder, name: str, *, student: int) -> Recipe:
     training, curve = TRAININGS[name], read_curve(run.stage(name))
     num_tokens = curve.tokens[-1]
     flops = training_flops(student, num_tokens)
     if training.distills:
-        flops += forward_flops(teacher, num_tokens)
+        flops += forward_flops(teacher_parameters(run.meta(name) or {}), num_tokens)
     evaluated = "eval_distilled" if name == _BEST else f"eval_{name}"
     loss = float(read_eval(run.stage(evaluated))["loss"])
     return Recipe(name=name, label=training.label, num_tokens=num_tokens, loss=loss, flops=flops, curve=curve)

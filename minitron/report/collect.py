@@ -112,7 +112,7 @@ def collect(run: RunFolder) -> ReportData:
             StageTime(name=stage, seconds=float(meta["seconds"]), finished=meta["finished"])
             for stage, meta in metas.items()
         ],
-        cost=_cost(shapes, distill, baseline),
+        cost=_cost(run, metas, shapes, distill, baseline),
         export=_export_result(run.stage("export"), metas["export"]),
         environment=metas["distill"]["environment"],
         notes=[*_eval_notes(models), *training_notes, *_environment_notes(metas)],
@@ -209,6 +209,15 @@ def read_curve(folder: Path) -> TrainingCurve:
         raise _unreadable(path, folder.name, error) from error
 
 
+def teacher_parameters(meta: dict[str, Any]) -> int:
+    """Parameters of the teacher that ran beside a distilled student; 0 where a cache was read.
+
+    Args:
+        meta: The distillation's ``meta.json``.
+    """
+    return int(meta["summary"]["teacher_parameters"])
+
+
 def _prune_result(run: RunFolder, meta: dict[str, Any]) -> PruneResult:
     return PruneResult(
         source=read_model_config(run.stage("source")),
@@ -219,13 +228,23 @@ def _prune_result(run: RunFolder, meta: dict[str, Any]) -> PruneResult:
     )
 
 
-def _cost(shapes: dict[Role, ModelConfig], distill: TrainingCurve, baseline: TrainingCurve | None) -> Cost:
-    student, teacher = num_parameters(shapes[Role.distilled]), num_parameters(shapes[Role.teacher])
+def _cost(
+    run: RunFolder,
+    metas: dict[str, dict[str, Any]],
+    shapes: dict[Role, ModelConfig],
+    distill: TrainingCurve,
+    baseline: TrainingCurve | None,
+) -> Cost:
+    student, teacher = num_parameters(shapes[Role.distilled]), teacher_parameters(metas["distill"])
+    corrected = read_curve(run.stage("correct")).tokens[-1] if "correct" in metas else 0
     tokens = distill.tokens[-1]
     return Cost(
         tokens=tokens,
         student_flops=training_flops(student, tokens),
+        teacher_parameters=teacher,
         teacher_flops=forward_flops(teacher, tokens),
+        correction_tokens=corrected,
+        correction_flops=training_flops(num_parameters(shapes[Role.teacher]), corrected),
         baseline_tokens=baseline.tokens[-1] if baseline else None,
         baseline_flops=training_flops(num_parameters(shapes[Role.baseline]), baseline.tokens[-1]) if baseline else None,
     )

@@ -116,14 +116,21 @@ class Cost:
     Attributes:
         tokens: Tokens D the student was distilled on.
         student_flops: 6 N D, forward and backward of the student's N parameters.
-        teacher_flops: 2 N_t D, forward of the teacher's N_t parameters.
+        teacher_parameters: N_t of the teacher that ran beside the student; 0 where a cache was read, whose making
+            is not counted.
+        teacher_flops: 2 N_t D, forward of the teacher.
+        correction_tokens: Tokens D_c the teacher was corrected on; 0 without correction.
+        correction_flops: 6 N D_c, forward and backward of the corrected model's N parameters.
         baseline_tokens: Tokens of the random-init control, None without it.
         baseline_flops: 6 N D of the control, None without it.
     """
 
     tokens: int
     student_flops: float
+    teacher_parameters: int
     teacher_flops: float
+    correction_tokens: int
+    correction_flops: float
     baseline_tokens: int | None
     baseline_flops: float | None
 

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from minitron.checkpoint.model_io import by_place, load_sharded, save_sharded, sharded_weights
+from minitron.compat.optimizer_state import saved_in_place
 from minitron.errors import CheckpointError
 from minitron.train.optim import Trainable
 
@@ -33,7 +34,8 @@ def save_state(trainable: Trainable, folder: Path, *, step: int) -> None:
     if rank == 0:
         shutil.rmtree(partial, ignore_errors=True)
     torch.distributed.barrier()
-    save_sharded(_state_dict(trainable, is_loading=False), partial)
+    with saved_in_place(trainable.optimizer):
+        save_sharded(_state_dict(trainable, is_loading=False), partial)
     if rank == 0:
         (partial / "step.json").write_text(json.dumps({"step": step}))
         shutil.rmtree(final, ignore_errors=True)

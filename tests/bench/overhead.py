@@ -51,9 +51,8 @@ def write_data(folder: Path, num_tokens: int) -> None:
         builder.finalize(str(folder / f"{split}.idx"))
         sizes[str(split)] = SplitSummary(num_documents=num_tokens // 1000, num_tokens=num_tokens, num_bytes=num_tokens)
     facts: dict[str, Any] = {"eos_id": 0, "vocab_size": TEACHER.vocab_size, "dtype": np.dtype(dtype).name}
-    save_summary(
-        folder, DatasetSummary(**sizes, **facts, seq_length=SEQ_LENGTH, tokenizer_sha256="", source_fingerprint="")
-    )
+    facts |= {"tokenizer_sha256": "", "source_fingerprint": "", "train_sha256": ""}
+    save_summary(folder, DatasetSummary(**sizes, **facts, seq_length=SEQ_LENGTH))
 
 
 class Clock:

@@ -59,7 +59,7 @@ def model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Path:
 
 @pytest.fixture
 def text(tmp_path: Path) -> list[str]:
-    (tmp_path / "text.txt").write_text("A text of some words.\n" * 100)
+    (tmp_path / "text.txt").write_text("A text of some words.\n" * 2000)
     return ["data=files", f"data.paths=[{tmp_path / 'text.txt'}]", "data.seq_length=32"]
 
 
@@ -267,6 +267,15 @@ def test_no_tokenizer(fails: Fails, model: Path) -> None:
 )
 def test_what_does_not_fit(fails: Fails, code: int, overrides: list[str], message: str) -> None:
     assert message in fails(code, "source.kind=random", *overrides)
+
+
+def test_too_little_text(fails: Fails, tmp_path: Path) -> None:
+    (tmp_path / "text.txt").write_text("x" * 100)
+    given = ["data=files", f"data.paths=[{tmp_path / 'text.txt'}]", "score.num_samples=2"]
+    message = fails(5, "source.kind=random", *given, "distill.train.global_batch_size=4")
+    assert "text.txt: 100 bytes in 1 documents are at most 102 tokens" in message
+    assert "need 162" in message  # (4 + 1) x 32, and the last label of either split
+    assert not (tmp_path / "runs").exists()
 
 
 def test_more_processes_than_ranks(fails: Fails, monkeypatch: pytest.MonkeyPatch) -> None:

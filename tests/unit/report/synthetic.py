@@ -92,6 +92,7 @@ def _values(stage: str) -> dict[str, Any]:
 def _summary(stage: str) -> dict[str, Any]:
     return {
         "import": {"source": "gguf", "name": "SmolLM2-135M-Instruct"},
+        "distill": {"teacher_parameters": SOURCE_PARAMETERS},
         "export": {"max_logit_error": 2.5e-5, "size_bytes": 3_000},
     }.get(stage, {})
 

@@ -33,6 +33,19 @@ def test_cost_is_6nd_and_2nd(tmp_path: Path) -> None:
     assert cost.teacher_flops == 2 * syn.SOURCE_PARAMETERS * syn.NUM_TOKENS
 
 
+def test_cost_from_a_cache_has_no_teachers_forward(tmp_path: Path) -> None:
+    run = syn.make_run(tmp_path / "demo")
+    syn.rewrite_meta(run / "distill", summary={"teacher_parameters": 0})
+    cost = collect(syn.as_run(run)).cost
+    assert (cost.teacher_parameters, cost.teacher_flops) == (0, 0)
+
+
+def test_cost_counts_a_teacher_from_elsewhere_by_its_own_size(tmp_path: Path) -> None:
+    run = syn.make_run(tmp_path / "demo")
+    syn.rewrite_meta(run / "distill", summary={"teacher_parameters": 8_030_261_248})
+    assert collect(syn.as_run(run)).cost.teacher_flops == 2 * 8_030_261_248 * syn.NUM_TOKENS
+
+
 def test_stages_curves_and_shapes(tmp_path: Path) -> None:
     data = collect(syn.as_run(syn.make_run(tmp_path / "demo")))
     assert {stage.name: stage.seconds for stage in data.stages} == syn.SECONDS
