@@ -28,7 +28,7 @@ from minitron.models.transformer_config import TORCH_DTYPE
 from minitron.prune.run import prune, score
 from minitron.prune.scores import Scores
 from minitron.runtime.session import Session
-from minitron.train.run import StartingPoint, train_on_text
+from minitron.train.run import Leg, StartingPoint, train_on_text
 
 Values = dict[str, Any]
 
@@ -47,7 +47,7 @@ def act(stage: str, session: Session, out: Path) -> Values:
     if stage.startswith("eval_"):
         return _eval(stage, session, out)
     if stage in TRAININGS:
-        return _train(stage, session, out)
+        return train_stage(stage, session, out)
     actions = {
         "import": _import,
         "data": _data,
@@ -202,8 +202,15 @@ def _teacher_logits(session: Session, out: Path) -> Values:
     )
 
 
-def _train(stage: str, session: Session, out: Path) -> Values:
-    """One run of the training loop, by distillation or on the text alone."""
+def train_stage(stage: str, session: Session, out: Path, *, leg: Leg | None = None) -> Values:
+    """One run of the training loop, by distillation or on the text alone.
+
+    Args:
+        stage: A key of `TRAININGS`.
+        session: The running job.
+        out: The stage's working folder.
+        leg: The part of a distillation to do; None does all of it.
+    """
     training, run = TRAININGS[stage], session.run
     start = StartingPoint(run.stage(training.start or "prune"), random_weights=training.start is None)
     settings, data = settings_of(session.config, stage), run.stage("data")
@@ -222,6 +229,7 @@ def _train(stage: str, session: Session, out: Path) -> Values:
             settings=settings,
             data=data,
             out=out,
+            leg=leg,
         )
     else:
         summary = train_on_text(session, stage=stage, start=start, settings=settings, data=data, out=out)

@@ -6,6 +6,9 @@ from pathlib import Path
 from rich.console import Console
 
 from minitron.checkpoint.folder import MODEL_FILE, is_checkpoint_folder, read_model_config
+from minitron.cli.search_job import run_search
+from minitron.cli.search_stages import SEARCH
+from minitron.cli.source import source_model
 from minitron.cli.stages import lines_of, needs_cache, stages_of
 from minitron.cli.turn import in_turn
 from minitron.cli.worker import PREFLIGHT, run_rank
@@ -15,12 +18,10 @@ from minitron.config.intermediate import find_matches
 from minitron.config.model import ModelConfig
 from minitron.config.parallel import check_layout
 from minitron.config.prune import check_target
-from minitron.config.run import RunConfig, SourceKind
+from minitron.config.run import RunConfig
 from minitron.config.teacher_layout import own_layout
 from minitron.data.sources import check_enough_text
 from minitron.errors import ConfigError, ModelError
-from minitron.models.hf_import import inspect_source
-from minitron.models.random_source import random_model
 from minitron.pipeline import Planned, outside_hashes, plan_stages
 from minitron.runtime.artefact import RunFolder, storage_error
 from minitron.runtime.device import check_num_ranks, check_precision, resolve_device
@@ -50,10 +51,12 @@ def run_job(verb: str, config: RunConfig, env: DistEnv | None) -> int:
         check_precision(config, resolve_device(config.device))
         if config.tracking.wandb:
             wandb_mode()
-        wanted = wanted_stages(verb, config)
-        if "data" in wanted:
+        wanted = [] if verb == SEARCH else wanted_stages(verb, config)
+        if verb == SEARCH or "data" in wanted:
             check_text(config)
     console = Console(soft_wrap=True)
+    if verb == SEARCH:
+        return run_search(config, run, env, console, teacher=teacher_model(config), write_resolved=_write_resolved)
     if env is not None:  # torchrun started us: this process is one rank, and rank 0 plans
         if env.rank == 0:
             _write_resolved(run, config)
@@ -214,17 +217,6 @@ def check_text(config: RunConfig) -> None:
     """
     sequences = config.least_train_sequences + 1  # and one held out
     check_enough_text(config.data, num_tokens=sequences * config.data.seq_length + 2)
-
-
-def source_model(config: RunConfig) -> ModelConfig:
-    """Architecture of the model to compress, every cheap check made."""
-    if config.source.kind is SourceKind.path:
-        assert config.source.path is not None  # checked when composed
-        model = inspect_source(Path(config.source.path)).model
-        if config.source.model is not None:
-            model.check_sizes(config.source.model, f"source.path={config.source.path}")
-        return model
-    return random_model(config.source.random)
 
 
 def teacher_model(config: RunConfig) -> ModelConfig | None:

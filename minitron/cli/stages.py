@@ -63,12 +63,14 @@ class Line:
         step: Name of the step; empty in a run of one step.
         source: The step whose student is scored and pruned; None for the original.
         teacher: The step whose student teaches; None for the original, corrected or not.
+        candidate: It is one of a search: it lies in ``search/`` and reads the scores of the whole run.
     """
 
     config: RunConfig
     step: str = ""
     source: "Line | None" = None
     teacher: "Line | None" = None
+    candidate: bool = False
 
     def place(self, stage: str) -> str:
         """Where a stage lies in the run folder; ``source`` and ``teacher`` are names of roles."""
@@ -78,7 +80,9 @@ class Line:
             original = "correct" if self.config.correction.enabled else "import"
             return self.teacher.place("distill") if self.teacher else original
         shared = stage in _SHARED or (stage == "teacher_logits" and self.teacher is None)
-        return stage if shared or not self.step else f"steps/{self.step}/{stage}"
+        shared = shared or (self.candidate and stage == "score")
+        folder = "search" if self.candidate else "steps"
+        return stage if shared or not self.step else f"{folder}/{self.step}/{stage}"
 
     def stage(self, stage: Stage) -> Stage:
         """A stage as it is in this line."""
@@ -141,7 +145,7 @@ def _stages_of_lines(lines: list[Line]) -> list[Stage]:
     """The stages of every step. Steps that learn from one model share its cache, which has what the longest needs."""
     stages: dict[str, Stage] = {}
     for line in lines:
-        for stage in _line_stages(line.config):
+        for stage in line_stages(line.config):
             place = line.place(stage.name)
             sharing = [other for other in lines if other.place(stage.name) == place]
             longest = max(sharing, key=lambda other: other.config.distill.train.num_tokens)
@@ -149,7 +153,7 @@ def _stages_of_lines(lines: list[Line]) -> list[Stage]:
     return list(stages.values())
 
 
-def _line_stages(config: RunConfig) -> list[Stage]:
+def line_stages(config: RunConfig) -> list[Stage]:
     """The stages of one step."""
     evaluations = ["eval_teacher", "eval_pruned", "eval_distilled"]
     scores = [] if config.prune.scores else ["score"]

@@ -4,11 +4,12 @@ import json
 import logging
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from rich.console import Console
 
+from minitron.cli.search_stages import SEARCH, is_search, plan_search, search_plans, stages_of_search
 from minitron.cli.stages import stages_of
 from minitron.cli.turn import in_turn, report_error
 from minitron.config.compose import load_resolved
@@ -73,18 +74,36 @@ def run_rank(config: RunConfig, wanted: Sequence[str], env: DistEnv, *, outside:
         check_transformer_engine(config, device)
         session = Session(config=config, run=run, groups=groups, device=device, console=Console(soft_wrap=True))
         # Rank 0 plans: the others must not look while it moves folders.
-        plan: list[object] = [None]
-        if session.is_main:
-            planned = plan_stages(stages_of(config), config, run, wanted, outside)
-            plan = [[(item.stage.name, item.identity, item.done, item.changed, item.digests) for item in planned]]
-        torch.distributed.broadcast_object_list(plan, src=0)
-        run_stages(_rebuild(plan[0], config), session)
+        plans = _plans(config, run, wanted, outside) if session.is_main else iter(())
+        while True:
+            plan: list[object] = [None]
+            if (planned := next(plans, None)) is not None:
+                plan = [[(item.stage.name, item.identity, item.done, item.changed, item.digests) for item in planned]]
+            torch.distributed.broadcast_object_list(plan, src=0)
+            if plan[0] is None:
+                break
+            run_stages(_rebuild(plan[0], config, run), session)
 
 
-def _rebuild(plan: object, config: RunConfig) -> list[Planned]:
+def _plans(
+    config: RunConfig, run: RunFolder, wanted: Sequence[str], outside: OutsideHashes | None
+) -> Iterator[list[Planned]]:
+    """What to run, one plan after the other: only a search has several, for its rounds depend on each other."""
+    if list(wanted) == [SEARCH]:
+        return search_plans(config, run, outside or {})
+    if is_search(wanted):
+        return iter([plan_search(config, run, wanted, outside or {})])
+    return iter([plan_stages(stages_of(config), config, run, wanted, outside)])
+
+
+def _rebuild(plan: object, config: RunConfig, run: RunFolder) -> list[Planned]:
     """The plan with this process's own stage functions."""
     assert isinstance(plan, list)
-    stages = {stage.name: stage for stage in stages_of(config)}
+    names = [name for name, *_ in plan]
+    known = stages_of(config)
+    if set(names) - {stage.name for stage in known}:
+        known = stages_of_search(config, run, names)
+    stages = {stage.name: stage for stage in known}
     return [Planned(stages[name], *rest) for name, *rest in plan]
 
 

@@ -14,6 +14,7 @@ from minitron.config.preflight import PreflightConfig
 from minitron.config.prune import PruneConfig
 from minitron.config.scale import ScaleConfig
 from minitron.config.score import ScoreConfig
+from minitron.config.search import SearchConfig
 from minitron.config.teacher_logits import TeacherLogitsConfig
 from minitron.errors import ConfigError
 
@@ -156,6 +157,7 @@ class RunConfig:
     data: DataConfig = field(default_factory=DataConfig)
     score: ScoreConfig = field(default_factory=ScoreConfig)
     prune: PruneConfig = field(default_factory=PruneConfig)
+    search: SearchConfig = field(default_factory=SearchConfig)
     teacher_logits: TeacherLogitsConfig = field(default_factory=TeacherLogitsConfig)
     distill: DistillConfig = field(default_factory=DistillConfig)
     baseline: BaselineConfig = field(default_factory=BaselineConfig)

@@ -21,6 +21,7 @@ from minitron.config.run import (
 )
 from minitron.config.scale import ScaleConfig
 from minitron.config.score import ScoreConfig
+from minitron.config.search import SearchConfig
 from minitron.config.teacher_logits import TeacherLogitsConfig
 
 GROUPS: dict[str, type] = {
@@ -30,6 +31,7 @@ GROUPS: dict[str, type] = {
     "data": DataConfig,
     "score": ScoreConfig,
     "prune": PruneConfig,
+    "search": SearchConfig,
     "teacher_logits": TeacherLogitsConfig,
     "distill": DistillConfig,
     "baseline": BaselineConfig,

@@ -8,6 +8,7 @@ from minitron.config.fp8 import check_fp8_tokens
 from minitron.config.line import Ancestor, check_chain
 from minitron.config.parallel import ParallelConfig
 from minitron.config.run import RunConfig, SourceKind
+from minitron.config.search import candidate_training, rung_steps
 from minitron.config.teacher_layout import TeacherLayout, own_layout
 from minitron.config.train import check_train
 from minitron.config.trainings import in_step, settings_of
@@ -26,6 +27,8 @@ def validate(run: RunConfig) -> None:
     check_train(run.distill.train, run.parallel, seq_length=seq_length, who="distill.train")
     if run.correction.enabled:
         check_train(settings_of(run, "correct"), run.parallel, seq_length=seq_length, who="correction")
+    if not run.search.grid.is_empty:
+        _check_search(run)
     check_chain(run.chain)
     for prune in [step.prune for step in run.chain] or [run.prune]:
         check_depth(run.score, prune)
@@ -70,6 +73,25 @@ def _check_fp8(run: RunConfig, own: TeacherLayout | None) -> None:
         ("teacher_logits.micro_batch_size", teacher, whole, run.teacher_logits.micro_batch_size),
     ):
         check_fp8_tokens(precision, layout, micro_batch_size=micro_batch_size, seq_length=run.data.seq_length, who=who)
+
+
+def _check_search(run: RunConfig) -> None:
+    """The candidates' short distillation, and what a search leaves undefined."""
+    search, seq_length = run.search, run.data.seq_length
+    if run.chain:
+        raise ConfigError("minitron search compares shapes of one step; set chain=[], or search.grid without axes")
+    if run.prune.drop_layers is not None and search.grid.num_layers:
+        raise ConfigError(
+            f"search.grid.num_layers={list(search.grid.num_layers)} contradicts prune.drop_layers, which fixes the "
+            "layers of every candidate; leave one of them out"
+        )
+    if search.eval_tokens < seq_length:
+        raise ConfigError(
+            f"search.eval_tokens={search.eval_tokens} is less than one sequence of data.seq_length={seq_length} tokens"
+        )
+    train = candidate_training(run.distill.train, search, seq_length=seq_length)
+    check_train(train, run.parallel, seq_length=seq_length, who="search")
+    rung_steps(train.num_steps(seq_length), search.halving)
 
 
 def _check_given_teacher(run: RunConfig) -> None:

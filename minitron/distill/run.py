@@ -24,7 +24,7 @@ from minitron.models.axes import num_parameters
 from minitron.models.gpt import Chunks
 from minitron.models.load import load_gpt
 from minitron.runtime.session import Session
-from minitron.train.run import StartingPoint, train_to_folder
+from minitron.train.run import Leg, StartingPoint, train_to_folder
 
 
 def distill(
@@ -37,6 +37,7 @@ def distill(
     settings: TrainConfig,
     data: Path,
     out: Path,
+    leg: Leg | None = None,
 ) -> dict[str, float]:
     """Distill the teacher into the student.
 
@@ -50,6 +51,7 @@ def distill(
         settings: Batch, schedule, optimizer.
         data: The data folder.
         out: The stage's working folder.
+        leg: The part of the run to do; None does all of it.
 
     Returns:
         What the training loop tells, and the parameters of the teacher that ran beside the student: 0 from a cache.
@@ -85,6 +87,7 @@ def distill(
             side_files_of=start.folder,
             out=out,
             group_size=recipe.teacher_microbatches,
+            leg=leg,
         )
     online = recipe.teacher.source is TeacherSource.online
     return {**summary, "teacher_parameters": num_parameters(read_model_config(teacher)) if online else 0}

@@ -82,6 +82,24 @@ def set_rank_environment(num_ranks: int) -> None:
         os.environ.setdefault(name, value)
 
 
+def place_environment(place: int, num_places: int, num_ranks: int, *, uses_cuda: bool) -> dict[str, str]:
+    """The environment of one of several jobs that share this machine: devices and threads of its own.
+
+    Args:
+        place: Number of the job.
+        num_places: Jobs at once.
+        num_ranks: Processes of each.
+        uses_cuda: Give each job its own GPUs, of those that are visible.
+    """
+    environ = dict(os.environ)
+    environ.setdefault("OMP_NUM_THREADS", str(max(1, num_cores() // (num_places * num_ranks))))
+    if uses_cuda:
+        visible = environ.get("CUDA_VISIBLE_DEVICES")
+        devices = visible.split(",") if visible else [str(device) for device in range(num_places * num_ranks)]
+        environ["CUDA_VISIBLE_DEVICES"] = ",".join(devices[place * num_ranks : (place + 1) * num_ranks])
+    return environ
+
+
 def num_cores() -> int:
     """Cores this process may use."""
     if hasattr(os, "sched_getaffinity"):

@@ -37,6 +37,7 @@ class TrainJob:
         progress: The stage's bar.
         groups: This rank's process groups.
         device: Where batches go.
+        earlier: Where an earlier part of the run left its last checkpoint, to go on from; None starts afresh.
     """
 
     trainable: Trainable
@@ -51,6 +52,7 @@ class TrainJob:
     progress: StageProgress
     groups: Groups
     device: torch.device
+    earlier: Path | None = None
 
 
 def train(job: TrainJob) -> dict[str, float]:
@@ -66,6 +68,8 @@ def train(job: TrainJob) -> dict[str, float]:
     """
     settings, num_steps = job.train, job.batches.num_steps
     step = load_state(job.trainable, job.states)
+    if step == 0 and job.earlier is not None:
+        step = load_state(job.trainable, job.earlier)
     metrics = job.open_metrics(step + 1)
     clock, clock_step = time.monotonic(), step
     heldout = HeldoutLoss(float("nan"), 0)

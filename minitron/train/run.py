@@ -1,6 +1,7 @@
 """Train a model to the end and write it as a checkpoint folder; by cross-entropy, from any start."""
 
 import shutil
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -16,12 +17,28 @@ from minitron.models.load import load_gpt
 from minitron.parallel.groups import seed_weights
 from minitron.runtime.session import Session
 from minitron.runtime.tracking import MetricsWriter
-from minitron.train.heldout import heldout_loss
+from minitron.train.heldout import HeldoutLoss, heldout_loss
 from minitron.train.loop import TrainJob, train
 from minitron.train.objective import CrossEntropy, Objective
 from minitron.train.optim import make_trainable
+from minitron.train.state import save_state
 
 STATES_DIR = "states"
+
+
+@dataclass(frozen=True)
+class Leg:
+    """A part of a training run, which keeps its one schedule whatever parts it is run in.
+
+    Attributes:
+        num_steps: Steps done at its end; before the schedule's end a checkpoint to go on from is left instead of a
+            model.
+        earlier: Where the part before left its checkpoint; None where there is none, or it is gone: the same steps
+            are then taken from the start.
+    """
+
+    num_steps: int
+    earlier: Path | None = None
 
 
 def train_to_folder(
@@ -36,6 +53,7 @@ def train_to_folder(
     side_files_of: Path,
     out: Path,
     group_size: int = 0,
+    leg: Leg | None = None,
 ) -> dict[str, float]:
     """Train and leave a checkpoint folder.
 
@@ -50,11 +68,14 @@ def train_to_folder(
         side_files_of: Checkpoint folder whose tokenizer and other side files go with the model.
         out: The stage's working folder; holds the checkpoints to resume from until the end.
         group_size: Most micro-batches whose signals are held at once.
+        leg: The part of the run to do; None does all of it.
 
     Returns:
         Step count, tokens and final held-out loss.
     """
     config, groups, seq_length = session.config, session.groups, session.config.data.seq_length
+    whole = settings.num_steps(seq_length)
+    leg = leg or Leg(whole)
     trainable = make_trainable(gpt, settings, config.parallel, groups, seq_length=seq_length)
     batches = TrainBatches(
         data,
@@ -64,42 +85,54 @@ def train_to_folder(
         dp_rank=groups.dp_rank,
         dp_size=groups.dp.size(),
         seed=config.seed,
-        num_steps=settings.num_steps(seq_length),
+        num_steps=leg.num_steps,
     )
-    heldout = heldout_batches(
-        data,
-        seq_length=seq_length,
-        micro_batch_size=settings.micro_batch_size,
-        dp_rank=groups.dp_rank,
-        dp_size=groups.dp.size(),
-        max_tokens=settings.eval_tokens,
-    )
-    cross_entropy = CrossEntropy(model.vocab_size, groups, config.parallel.sequence_parallel)
     with session.progress(stage) as progress:
         summary = train(
             TrainJob(
                 trainable=trainable,
                 objective=objective,
                 batches=batches,
-                validate=lambda: heldout_loss(
-                    gpt, [batch.on_rank(groups, session.torch_device) for batch in heldout], cross_entropy, groups
-                ),
+                validate=_validation(session, gpt, model, settings, data),
                 train=settings,
                 seq_length=seq_length,
                 group_size=group_size,
                 states=out / STATES_DIR,
+                earlier=leg.earlier,
                 open_metrics=partial(_metrics, session, stage, out),
                 progress=progress,
                 groups=groups,
                 device=session.torch_device,
             )
         )
+    if leg.num_steps < whole:
+        save_state(trainable, out / STATES_DIR, step=leg.num_steps)
+        return summary
     save_model(gpt, out)
     if session.is_main:
         write_model_config(out, model)
         copy_side_files(side_files_of, out)
         shutil.rmtree(out / STATES_DIR, ignore_errors=True)  # last: until here an interrupted run goes on from them
     return summary
+
+
+def _validation(
+    session: Session, gpt: Chunks, model: ModelConfig, settings: TrainConfig, data: Path
+) -> Callable[[], HeldoutLoss]:
+    """Held-out loss of the model as it is at the time."""
+    groups = session.groups
+    heldout = heldout_batches(
+        data,
+        seq_length=session.config.data.seq_length,
+        micro_batch_size=settings.micro_batch_size,
+        dp_rank=groups.dp_rank,
+        dp_size=groups.dp.size(),
+        max_tokens=settings.eval_tokens,
+    )
+    cross_entropy = CrossEntropy(model.vocab_size, groups, session.config.parallel.sequence_parallel)
+    return lambda: heldout_loss(
+        gpt, [batch.on_rank(groups, session.torch_device) for batch in heldout], cross_entropy, groups
+    )
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,162 @@
+"""Start a search: check the space, then run its rounds in one job, or in several side by side."""
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+from rich.console import Console
+
+from minitron.cli.search_stages import LATENCY, RESULT, SEARCH, is_search, search_plans, search_space
+from minitron.cli.source import source_model
+from minitron.cli.stages import stages_of
+from minitron.cli.turn import in_turn
+from minitron.cli.worker import run_rank
+from minitron.config.intermediate import find_matches
+from minitron.config.model import ModelConfig
+from minitron.config.run import Device, RunConfig
+from minitron.config.search import LatencySource
+from minitron.errors import ConfigError, LayoutError
+from minitron.pipeline import OutsideHashes, Planned, outside_hashes
+from minitron.report.search import print_search, read_search
+from minitron.runtime.artefact import RunFolder
+from minitron.runtime.device import resolve_device
+from minitron.runtime.env import DistEnv
+from minitron.runtime.launch import launch_local, launch_side_by_side
+from minitron.search.space import Space, require_candidates
+
+WriteResolved = Callable[[RunFolder, RunConfig], Path]
+
+
+def run_search(
+    config: RunConfig,
+    run: RunFolder,
+    env: DistEnv | None,
+    console: Console,
+    *,
+    teacher: ModelConfig | None,
+    write_resolved: WriteResolved,
+) -> int:
+    """Run `minitron search` to its end; what is done is skipped.
+
+    Args:
+        config: The composed configuration.
+        run: The run's folder.
+        env: This process's rank when torchrun started it, else None.
+        console: Where to write.
+        teacher: Architecture of the model to learn from, where it is not the source.
+        write_resolved: Writes what the ranks load.
+
+    Returns:
+        Exit code.
+    """
+    with in_turn(env):
+        space = check_search(config, run, teacher=teacher, alone=env is None)
+    is_main = env is None or env.rank == 0
+    if is_main:
+        dropped = f", dropped: {space.reasons}" if space.dropped else ""
+        console.print(
+            f"search: {space.num_points} shapes, {len(space.candidates)} candidates{dropped}", highlight=False
+        )
+    if env is not None:
+        if is_main:
+            write_resolved(run, config)
+        run_rank(config, [SEARCH], env)
+    else:
+        outside = outside_hashes(stages_of(config), config)
+        code = 0
+        if not _is_done(config, run, outside):
+            resolved = write_resolved(run, config)
+            ranks = f"{config.parallel.arithmetic()} ranks"
+            workers = f", {config.search.workers} candidates side by side" if config.search.workers > 1 else ""
+            console.print(f"[bold]{config.name}[/]: {ranks}{workers}, artefacts in {run.path}/")
+            run_all = _run_in_one if config.search.workers == 1 else _run_side_by_side
+            code = run_all(config, run, resolved, outside)
+        if code:
+            return code
+    if is_main:
+        print_search(read_search(run.stage(RESULT)), run.stage(RESULT), console)
+    return 0
+
+
+def check_search(config: RunConfig, run: RunFolder, *, teacher: ModelConfig | None, alone: bool) -> Space:
+    """Check everything that can be checked before any work.
+
+    Raises:
+        ConfigError: There is nothing to search, nothing left of it, or too much; a pair of intermediate states names a
+            layer that a candidate does not have; several workers are asked for where they cannot be started.
+    """
+    search = config.search
+    if search.grid.is_empty:
+        raise ConfigError(
+            "minitron search has no grid; give at least one axis, such as 'search.grid.hidden_size=[448,512]', or "
+            "choose one: search=nemotron4_15b_to_4b"
+        )
+    space = search_space(config, run)
+    if search.latency.source is LatencySource.roofline or run.meta(LATENCY) is not None or not space.candidates:
+        require_candidates(space, search)
+    for candidate in space.candidates:
+        try:
+            beside = teacher or source_model(config)
+            find_matches(config.distill.intermediate, beside, candidate.model, config.parallel)
+        except ConfigError as error:
+            raise ConfigError(f"search: {candidate.name}: {error}; rules such as last-2 fit every depth") from error
+    if search.workers > 1:
+        if not alone:
+            raise ConfigError(
+                f"search.workers={search.workers} starts ranks of its own; set it to 1 under torchrun, or start "
+                "minitron search without it"
+            )
+        _check_devices(config)
+    return space
+
+
+def _check_devices(config: RunConfig) -> None:
+    if resolve_device(config.device) is not Device.cuda:
+        return
+    have, need = torch.cuda.device_count(), config.search.workers * config.parallel.num_ranks
+    if need > have:
+        raise LayoutError(
+            f"search.workers={config.search.workers} x {config.parallel.num_ranks} ranks need {need} devices, but "
+            f"there are {have}; lower search.workers"
+        )
+
+
+def _is_done(config: RunConfig, run: RunFolder, outside: OutsideHashes) -> bool:
+    """Whether every round is done: each is planned from what the one before left."""
+    return all(all(item.done for item in planned) for planned in search_plans(config, run, outside))
+
+
+def _run_in_one(config: RunConfig, _run: RunFolder, resolved: Path, outside: OutsideHashes) -> int:
+    return launch_local([str(resolved), SEARCH, json.dumps(outside)], num_ranks=config.parallel.num_ranks)
+
+
+def _run_side_by_side(config: RunConfig, run: RunFolder, resolved: Path, outside: OutsideHashes) -> int:
+    """Each round's candidates dealt over several jobs, which share no device."""
+    for planned in search_plans(config, run, outside):
+        jobs = deal([item for item in planned if not item.done], config.search.workers)
+        code = launch_side_by_side(
+            [[str(resolved), ",".join(names), json.dumps(outside)] for names in jobs],
+            num_ranks=config.parallel.num_ranks,
+            num_places=config.search.workers,
+            logs=run.path / SEARCH / "logs",
+            uses_cuda=resolve_device(config.device) is Device.cuda,
+        )
+        if code:
+            return code
+    return 0
+
+
+def deal(planned: Sequence[Planned], workers: int) -> list[list[str]]:
+    """Stages of each worker: a candidate's stay together, what is no candidate's goes to the first."""
+    names = [item.stage.name for item in planned]
+    candidates = list(dict.fromkeys(Path(name).parent.name for name in names if _is_candidates(name)))
+    jobs: list[list[str]] = [[] for _ in range(workers)]
+    for name in names:
+        number = candidates.index(Path(name).parent.name) if _is_candidates(name) else 0
+        jobs[number % workers].append(name)
+    return [job for job in jobs if job]
+
+
+def _is_candidates(stage: str) -> bool:
+    return is_search([stage]) and stage not in (RESULT, LATENCY)
