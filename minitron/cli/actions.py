@@ -10,6 +10,7 @@ import torch
 from minitron.checkpoint.folder import is_checkpoint_folder, read_model_config
 from minitron.cli.exporting import export
 from minitron.cli.stages import CHECKPOINT_OF, random_ranking
+from minitron.cli.verifying import verify
 from minitron.config.compose import to_yaml
 from minitron.config.distill import TeacherSource
 from minitron.config.precision import Dtype
@@ -53,6 +54,7 @@ def act(stage: str, session: Session, out: Path) -> Values:
         "score": _score,
         "prune": _prune,
         "prune_random": _prune_random,
+        "verify": verify,
         "teacher_logits": _teacher_logits,
         "export": export,
         "report": _report,
@@ -139,7 +141,8 @@ def _score(session: Session, out: Path) -> Values:
 def _prune(session: Session, out: Path) -> Values:
     run = session.run
     source_id = session.digests["source"]
-    return prune(session, model=run.stage("source"), source_id=source_id, scores=run.stage("score"), out=out)
+    scores = run.stage("score") if session.config.prune.needs_scores else None
+    return prune(session, model=run.stage("source"), source_id=source_id, scores=scores, out=out)
 
 
 def _prune_random(session: Session, out: Path) -> Values:

@@ -13,13 +13,13 @@ from minitron.config.compose import load_resolved, to_yaml
 from minitron.config.intermediate import find_matches
 from minitron.config.model import ModelConfig
 from minitron.config.parallel import check_layout
-from minitron.config.prune import check_target
 from minitron.config.run import RunConfig, SourceKind
 from minitron.config.teacher_layout import own_layout
 from minitron.errors import ConfigError, ModelError
 from minitron.models.hf_import import inspect_source
 from minitron.models.random_source import random_model
 from minitron.pipeline import Planned, outside_hashes, plan_stages
+from minitron.prune.given import target_of
 from minitron.runtime.artefact import RunFolder, storage_error
 from minitron.runtime.device import check_num_ranks, resolve_device
 from minitron.runtime.env import DistEnv, wandb_mode
@@ -150,7 +150,7 @@ def check_models(config: RunConfig) -> None:
     students: dict[str, ModelConfig] = {}
     for line in lines_of(config):
         before = students[line.source.step] if line.source else source
-        student = students[line.step] = check_target(before, line.config.prune)
+        student = students[line.step] = target_of(before, line.config.prune)
         check_layout(student, config.parallel, who=f"student {line.step}".rstrip())
         beside = students[line.teacher.step] if line.teacher else teacher
         if own is not None:

@@ -17,6 +17,7 @@ VERBS: dict[str, tuple[str, str]] = {
     "data": ("text -> Megatron .bin/.idx, split into train and held-out", "data"),
     "score": ("one calibration pass -> importance of every head, neuron, channel and layer", "score"),
     "prune": ("scores and a target shape -> a prune spec and a smaller checkpoint", "prune"),
+    "verify": ("the pruned checkpoint against the masked teacher, on calibration text", "prune, precision"),
     "teacher-logits": (
         "the teacher's distributions, a few numbers per token, for distill without it",
         "teacher_logits",

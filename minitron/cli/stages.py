@@ -11,7 +11,6 @@ from minitron.checkpoint.folder import fingerprint, is_checkpoint_folder
 from minitron.config.compose import flat_values
 from minitron.config.distill import TeacherSource
 from minitron.config.line import Ancestor
-from minitron.config.prune import Ranking
 from minitron.config.run import RunConfig, SourceKind
 from minitron.config.trainings import ABLATION, TRAININGS, in_step, settings_of
 from minitron.data.sources import source_fingerprint as text_fingerprint
@@ -20,6 +19,7 @@ from minitron.distill.cache_plan import lacking
 from minitron.errors import ConfigError
 from minitron.models.hf_import import source_fingerprint as model_fingerprint
 from minitron.pipeline import Stage, nothing_outside
+from minitron.prune.given import at_random, given_identity
 from minitron.runtime.artefact import META_FILE, RunFolder
 
 if TYPE_CHECKING:
@@ -150,12 +150,11 @@ def _stages_of_lines(lines: list[Line]) -> list[Stage]:
 def _line_stages(config: RunConfig) -> list[Stage]:
     """The stages of one step."""
     evaluations = ["eval_teacher", "eval_pruned", "eval_distilled"]
-    needs_scores = config.prune.ranking is Ranking.importance
+    needs = ("source", "score") if config.prune.needs_scores else ("source",)
     return [
         Stage("score", ("source", "data"), _score_values, _action("score")),
-        Stage(
-            "prune", ("source", *(["score"] if needs_scores else [])), lambda c: _section(c, "prune"), _action("prune")
-        ),
+        Stage("prune", needs, _prune_values, _action("prune"), outside=lambda c: given_identity(c.prune)),
+        Stage("verify", ("source", "prune", "data"), _verify_values, _action("verify")),
         _eval_stage("pruned"),
         Stage(
             "teacher_logits",
@@ -184,7 +183,7 @@ def _ablation_stages(config: RunConfig) -> list[Stage]:
         return []
     others = [name for name in ABLATION if name not in ("distill", "baseline")]
     return [
-        Stage("prune_random", ("source",), lambda c: _section(random_ranking(c), "prune"), _action("prune_random")),
+        Stage("prune_random", ("source",), lambda c: _prune_values(random_ranking(c)), _action("prune_random")),
         *(stage for name in others for stage in _training_stages(name, config)),
         Stage(
             "ablation",
@@ -197,7 +196,7 @@ def _ablation_stages(config: RunConfig) -> list[Stage]:
 
 def random_ranking(config: RunConfig) -> RunConfig:
     """The run with units kept at random: the control of importance."""
-    return replace(config, prune=replace(config.prune, ranking=Ranking.random))
+    return replace(config, prune=at_random(config.prune))
 
 
 def needs_cache(config: RunConfig) -> bool:
@@ -274,6 +273,14 @@ def _source_values(config: RunConfig) -> Values:
 
 def _score_values(config: RunConfig) -> Values:
     return _section(config, "score", drop=("micro_batch_size",)) | _section(config, "precision") | {"seed": config.seed}
+
+
+def _prune_values(config: RunConfig) -> Values:
+    return _section(config, "prune", drop=("spec",))  # what counts is its content, see `given_identity`
+
+
+def _verify_values(config: RunConfig) -> Values:
+    return _section(config, "precision") | {"seed": config.seed}
 
 
 def _training_values(config: RunConfig, training: str) -> Values:

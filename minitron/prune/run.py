@@ -3,13 +3,14 @@
 from pathlib import Path
 
 from minitron.checkpoint.folder import read_model_config
-from minitron.config.prune import Ranking
 from minitron.data.loader import calibration_batches
 from minitron.models.load import load_gpt
 from minitron.prune.calibration import score_model
+from minitron.prune.given import load_given
 from minitron.prune.ranking import choose
 from minitron.prune.scores import Scores
 from minitron.prune.slicer import apply_spec
+from minitron.prune.summary import check_parameters, describe
 from minitron.runtime.session import Session
 
 SPEC_FILE = "prune_spec.json"
@@ -63,13 +64,20 @@ def prune(session: Session, *, model: Path, source_id: str, scores: Path | None,
         session: The running job; all its ranks slice.
         model: Checkpoint folder of the source.
         source_id: Identity of its weights.
-        scores: Folder of the scores; None with ``prune.ranking=random``.
+        scores: Folder of the scores; None with ``prune.ranking=random`` or ``prune.spec``.
         out: The stage's working folder; becomes a checkpoint folder with ``prune_spec.json``.
+
+    Raises:
+        PruneError: The target, the scores or the given spec are not of this source.
+        CheckpointError: The result has not the parameters that were planned.
     """
-    config, groups = session.config, session.groups
-    needs_scores = config.prune.ranking is Ranking.importance
-    loaded = Scores.load(scores) if needs_scores and scores is not None else None
-    spec = choose(read_model_config(model), config.prune, scores=loaded, source_id=source_id)
+    config, groups = session.config.prune, session.groups
+    source = read_model_config(model)
+    loaded = Scores.load(scores) if scores is not None else None
+    if config.spec is None:
+        spec = choose(source, config, scores=loaded, source_id=source_id)
+    else:
+        spec = load_given(Path(config.spec), source, source_id=source_id)
     if session.is_main:
         spec.save(out / SPEC_FILE)
     with session.progress("prune") as progress:
@@ -81,10 +89,6 @@ def prune(session: Session, *, model: Path, source_id: str, scores: Path | None,
             world_size=groups.world_size,
             on_progress=progress.update,
         )
-    target = spec.target
-    return {
-        "layers": f"{spec.source.num_layers} -> {target.num_layers}",
-        "hidden": f"{spec.source.hidden_size} -> {target.hidden_size}",
-        "ffn": f"{spec.source.ffn_hidden_size} -> {target.ffn_hidden_size}",
-        "heads": f"{spec.source.num_attention_heads} -> {target.num_attention_heads}",
-    }
+    check_parameters(out, spec.target)
+    width = loaded and loaded.for_aggregation(config.aggregation)
+    return describe(spec, width=width, layer=loaded and loaded.layer)

@@ -19,6 +19,7 @@ from minitron.checkpoint.folder import (
 from minitron.checkpoint.store import CheckpointReader, CheckpointWriter
 from minitron.errors import CheckpointError, PruneError
 from minitron.models.axes import Dim, ParamAxes, global_shape, kept_positions, params_of
+from minitron.prune.head_residual import merge_heads
 from minitron.prune.spec import PruneSpec
 
 CHUNK_BYTES = 64 * 2**20
@@ -52,6 +53,7 @@ def slice_param(param: ParamAxes, tensor: Tensor, layer: int | None, spec: Prune
         layer: Number of the layer in the pruned model; None when not stacked.
         spec: What to keep.
     """
+    tensor = merge_heads(param, tensor, layer, spec)
     kept = spec.kept(layer)
     for number, dim in enumerate(param.dims):
         if dim is Dim.vocab:
