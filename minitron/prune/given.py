@@ -1,4 +1,4 @@
-"""A prune spec that the user gives, ``prune.spec``: read, checked against the source, and applied as it is. No torch."""
+"""A prune spec that the user gives, ``prune.spec``: read, checked against the source, applied as it is. No torch."""
 
 from dataclasses import replace
 from pathlib import Path

@@ -7,9 +7,9 @@ A Hugging Face folder of bf16 noise in Llama-3.1-8B's shape is imported, and the
 Llama-3.1-Minitron-4B-Width and -Depth by 1, 2 and 4 processes. Every result is read back and hashed, tensor by tensor.
 
 The copy reads and writes as many bytes, in one process, 16 MB at a time. Both start without the source in the page
-cache, and both end when the result is on the disk. Memory of the process that has most: anonymous memory (RssAnon, looked
-at every few milliseconds), which is what the work allocates, and the kernel's peak of all resident memory (VmHWM), in
-which pages of libraries and of mapped files count; before is RssAnon when the imports are done.
+cache, and both end when the result is on the disk. Memory of the process that has most: anonymous memory (RssAnon,
+looked at every few milliseconds), which is what the work allocates, and the kernel's peak of all resident memory
+(VmHWM), in which pages of libraries and of mapped files count; before is RssAnon when the imports are done.
 """
 
 import argparse
@@ -71,7 +71,7 @@ def llama31_8b(scale: float) -> ModelConfig:
 
 
 def target(model: ModelConfig, step: str, scale: float) -> PruneSpec:
-    """Units chosen at random, as scattered as scores leave them, for the shapes of ``conf/prune/llama31_8b_to_4b_*``."""
+    """The shapes of ``conf/prune/llama31_8b_to_4b_*``; units chosen at random, as scattered as scores leave them."""
     if step == "width":
         sizes = PruneConfig(
             ranking=Ranking.random, hidden_size=round(3072 * scale), ffn_hidden_size=round(9216 * scale)
@@ -217,12 +217,9 @@ def write_shard(file: Path, tensors: Sequence[HfTensor], rng: np.random.Generato
 
 
 def row(step: str, num_ranks: int, num_written: int, usage: Usage, copied: float, digest: str) -> list[str]:
-    gigabytes = (f"{size / GB:.2f}" for size in (usage.before, usage.anonymous, usage.resident))
-    speed = f"{num_written / GB / usage.seconds:.2f}"
-    return [step, str(num_ranks), f"{usage.seconds:.1f}", f"{copied:.1f}", f"{copied / usage.seconds:.0%}", speed] + [
-        *gigabytes,
-        digest[:12],
-    ]
+    memory = (f"{size / GB:.2f}" for size in (usage.before, usage.anonymous, usage.resident))
+    times = (f"{usage.seconds:.1f}", f"{copied:.1f}", f"{copied / usage.seconds:.0%}")
+    return [step, str(num_ranks), *times, f"{num_written / GB / usage.seconds:.2f}", *memory, digest[:12]]
 
 
 def run(step: str, num_ranks: int, scale: float, folder: Path) -> list[str]:

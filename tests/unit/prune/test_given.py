@@ -54,7 +54,7 @@ def test_what_does_not_fit(given: Path) -> None:
     with pytest.raises(PruneError, match=r"another architecture .* whose num_layers is 5, not 4, ffn_hidden_size is 9"):
         load_given(given, replace(MODEL, num_layers=5, ffn_hidden_size=9))
     edit(given, hidden="0-14", target={**PruneSpec.load(given).target.to_dict(), "hidden_size": 15})
-    with pytest.raises(PruneError, match=r"spec.json: .* 15 / 8 leaves 7\), which transformers' LlamaConfig needs"):
+    with pytest.raises(PruneError, match=r"spec.json: .*15 / 8 leaves 7\), which transformers' LlamaConfig needs"):
         load_given(given, MODEL)
     with pytest.raises(PruneError, match=r"none.json is no readable prune spec"):
         target_of(MODEL, PruneConfig(spec=str(given.with_name("none.json"))))

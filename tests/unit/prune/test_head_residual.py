@@ -75,7 +75,7 @@ def test_merged_projections(tmp_path: Path, merging: HeadResidual, groups: int) 
     for new, old in enumerate(spec.layers):
         head_scores = scores.width[Aggregation.l2_mean].head[old]
         for name in ("q_proj", "k_proj", "v_proj", "o_proj"):
-            key = "model.layers.{}.self_attn.%s.weight" % name
+            key = f"model.layers.{{}}.self_attn.{name}.weight"
             dim = 1 if name == "o_proj" else 0
             weight = teacher[key.format(old)].index_select(1 - dim, torch.tensor(spec.hidden))
             by_unit = weight.unflatten(dim, (-1, width))
@@ -109,5 +109,5 @@ def test_pairs_that_do_not_fit() -> None:
             wrong.validate()
     with pytest.raises(PruneError, match="head_pairs has 0 lists, but head_residual=paper with 4 kept layers needs 4"):
         replace(spec, head_pairs=[]).validate()
-    with pytest.raises(PruneError, match="head_pairs has 4 lists, but head_residual=none .* needs 0"):
+    with pytest.raises(PruneError, match=r"head_pairs has 4 lists, but head_residual=none .* needs 0"):
         replace(spec, head_residual=HeadResidual.none).validate()
