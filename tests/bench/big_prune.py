@@ -17,6 +17,7 @@ import hashlib
 import json
 import os
 import shutil
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -28,8 +29,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from rich.console import Console
-from rich.table import Table
 
 from minitron.checkpoint.folder import read_model_config, weights_dir
 from minitron.checkpoint.store import CheckpointReader
@@ -216,6 +215,19 @@ def write_shard(file: Path, tensors: Sequence[HfTensor], rng: np.random.Generato
             stream.write(memoryview(rng.integers(2**16, size=size // 2, dtype=np.uint16) & 0xBFFF).cast("B"))
 
 
+COLUMNS = (
+    *("step", "processes", "s", "copy, s", "share of copy", "GB/s written"),
+    *("before, GB", "anonymous, GB", "resident, GB", "content"),
+)
+
+
+def say(cells: Sequence[str]) -> None:
+    """One line of the table, as soon as it is known."""
+    line = "  ".join(f"{cell:>{len(heading)}}" for cell, heading in zip(cells, COLUMNS, strict=True))
+    sys.stdout.write(line + "\n")
+    sys.stdout.flush()
+
+
 def row(step: str, num_ranks: int, num_written: int, usage: Usage, copied: float, digest: str) -> list[str]:
     memory = (f"{size / GB:.2f}" for size in (usage.before, usage.anonymous, usage.resident))
     times = (f"{usage.seconds:.1f}", f"{copied:.1f}", f"{copied / usage.seconds:.0%}")
@@ -253,23 +265,19 @@ def run(step: str, num_ranks: int, scale: float, folder: Path) -> list[str]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--scale", type=float, default=0.125, help="of the sizes of Llama-3.1-8B; 1 is all of it")
-    parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2, 4], help="processes that prune")
+    parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2, 4], help="processes that share the work")
     parser.add_argument("--folder", type=Path, default=Path("runs/bench-big-prune"), help="where the files go")
     parser.add_argument("--steps", nargs="+", choices=STEPS, default=STEPS, help="which to run, in order")
     parser.add_argument("--keep", action="store_true", help="leave the imported checkpoint for a later call's steps")
     args = parser.parse_args()
-    console = Console(soft_wrap=True)
-    table = Table("step", "processes", "s", "copy, s", "share of copy", "GB/s written", box=None)
-    for heading in ("before, GB", "anonymous, GB", "resident, GB", "content"):
-        table.add_column(heading)
+    say(COLUMNS)
     args.folder.mkdir(parents=True, exist_ok=True)
     try:
         for step in args.steps:
             for num_ranks in args.ranks:
-                table.add_row(*run(step, num_ranks, args.scale, args.folder))
+                say(run(step, num_ranks, args.scale, args.folder))
             shutil.rmtree(args.folder / "hf", ignore_errors=True)
     finally:
-        console.print(table)
         if not args.keep:
             shutil.rmtree(args.folder, ignore_errors=True)
 

@@ -73,7 +73,7 @@ def test_all_axes_at_once(
     folder = pruned(base, tmp_path / "run", spec_of(base, **ALL_AXES))
     for summary in pool.run(verified, parallel.num_ranks, config, folder, parallel):
         assert summary["tokens"] == 2 * 16
-        assert 0 < summary["masked_teacher_error"] < 1e-5
+        assert summary["masked_teacher_error"] < 1e-5
 
 
 @pytest.mark.parametrize("axis", ALL_AXES)

@@ -228,6 +228,8 @@ def test_flat_values() -> None:
         "prune.ranking": "importance",
         "prune.aggregation": "l2_mean",
         "prune.seed": 1234,
+        "prune.head_residual": "none",
+        "prune.spec": None,
     }
     nested = flat_values(RunConfig(), "run")
     assert nested["run.distill.train.lr"] == 1e-4
