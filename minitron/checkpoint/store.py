@@ -9,7 +9,7 @@ import contextlib
 import json
 import os
 import pickle
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -33,7 +33,6 @@ from torch.distributed.checkpoint.metadata import (
 )
 from torch.distributed.checkpoint.storage import WriteResult
 from torch.distributed.checkpoint.utils import _create_file_view
-from torch.utils.serialization import config
 
 from minitron.checkpoint.format import (
     COMMON_STATE,
@@ -315,7 +314,7 @@ class CheckpointWriter:
 
     def _append(self, value: Any) -> tuple[int, int]:
         """Pickle a value at the end of this rank's file; return its first byte and its length."""
-        with disk_errors(self.path), config.patch("save.compute_crc32", False):  # nothing that loads it looks at them
+        with disk_errors(self.path), _without_checksums():
             start = self._stream.tell()
             torch.save(value, self._stream)
             return start, self._stream.tell() - start
@@ -356,6 +355,17 @@ class CheckpointWriter:
             (self.path / FORMAT_FILE).write_text(json.dumps(backend))
             # Last, and by an atomic rename: a folder with `.metadata` in it is complete.
             FileSystemWriter(self.path).finish(Metadata(tensors), [results])
+
+
+@contextlib.contextmanager
+def _without_checksums() -> Iterator[None]:
+    """Let `torch.save` leave checksums out: `torch.load` does not look at them, and they take longer than writing."""
+    before = torch.serialization.get_crc32_options()
+    torch.serialization.set_crc32_options(False)
+    try:
+        yield
+    finally:
+        torch.serialization.set_crc32_options(before)
 
 
 def _written(index: MetadataIndex, file: str, start: int, num_bytes: int) -> WriteResult:

@@ -73,7 +73,7 @@ def _norm_kept_only(norm: nn.Module, kept_K: Tensor) -> None:
     small = copy.deepcopy(norm)
     for name, parameter in norm.named_parameters():
         setattr(small, name, nn.Parameter(parameter[kept_K], requires_grad=False))
-    small.normalized_shape = (len(kept_K),)
+    setattr(small, "normalized_shape", (len(kept_K),))  # noqa: B010 - torch's norms look at it, Module's type says Tensor
 
     def hook(_module: nn.Module, args: tuple[Any, ...], _output: Tensor) -> Tensor:
         return torch.zeros_like(args[0]).index_copy(-1, kept_K, small(args[0].index_select(-1, kept_K)))

@@ -90,5 +90,6 @@ def prune(session: Session, *, model: Path, source_id: str, scores: Path | None,
             on_progress=progress.update,
         )
     check_parameters(out, spec.target)
-    width = loaded and loaded.for_aggregation(config.aggregation)
-    return describe(spec, width=width, layer=loaded and loaded.layer)
+    if loaded is None:
+        return describe(spec, width=None, layer=None)
+    return describe(spec, width=loaded.for_aggregation(config.aggregation), layer=loaded.layer)

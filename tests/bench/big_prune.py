@@ -30,15 +30,15 @@ from typing import Any
 import numpy as np
 import torch
 
-from minitron.checkpoint.folder import read_model_config, weights_dir
-from minitron.checkpoint.store import CheckpointReader
+from minitron.checkpoint.folder import weights_dir, write_model_config
+from minitron.checkpoint.store import CheckpointReader, CheckpointWriter
 from minitron.config.model import Architecture, ModelConfig
 from minitron.config.prune import PruneConfig, Ranking
 from minitron.config.run import RandomModelConfig
-from minitron.models.axes import num_parameters
+from minitron.models.axes import global_shape, layer_shape, num_parameters
 from minitron.models.hf_config import to_hf_config
 from minitron.models.hf_import import import_model
-from minitron.models.hf_names import HfTensor, hf_tensors
+from minitron.models.hf_names import HfTensor, blocks, hf_tensors
 from minitron.models.hf_source import INDEX_FILE, SINGLE_FILE
 from minitron.models.random_source import write_random_model
 from minitron.prune.ranking import choose
@@ -228,6 +228,22 @@ def say(cells: Sequence[str]) -> None:
     sys.stdout.flush()
 
 
+def write_source(model: ModelConfig, folder: Path) -> None:
+    """The checkpoint without the folder it would be imported from, where the disk does not hold both."""
+    write_random_model(RandomModelConfig(), folder / "hf")
+    (folder / "hf" / SINGLE_FILE).unlink()
+    write_model_config(folder, model)
+    writer = CheckpointWriter(weights_dir(folder))
+    rng = np.random.Generator(np.random.SFC64(0))
+    for param, layer in blocks(model):
+        shape = global_shape(param, model)
+        box = layer_shape(param, model) if layer is None else (1, *layer_shape(param, model))
+        numbers = rng.integers(2**16, size=box, dtype=np.uint16) & 0xBFFF
+        tensor = torch.from_numpy(numbers).view(torch.bfloat16)
+        writer.write(param.key, tensor, global_shape=shape, offsets=(layer or 0, *[0] * (len(shape) - 1)))
+    writer.finish()
+
+
 def row(step: str, num_ranks: int, num_written: int, usage: Usage, copied: float, digest: str) -> list[str]:
     memory = (f"{size / GB:.2f}" for size in (usage.before, usage.anonymous, usage.resident))
     times = (f"{usage.seconds:.1f}", f"{copied:.1f}", f"{copied / usage.seconds:.0%}")
@@ -246,7 +262,9 @@ def run(step: str, num_ranks: int, scale: float, folder: Path) -> list[str]:
         work, args, read_from, made = import_model, (hf, source), hf, source
         num_read = num_written = 2 * num_parameters(model)
     else:
-        model = read_model_config(source)
+        model = llama31_8b(scale)
+        if not source.exists():
+            write_source(model, source)
         spec = target(model, step, scale)
         work, args, read_from, made = slice_checkpoint, (spec, source, out), source, out
         num_read = 2 * num_parameters(replace(model, num_layers=spec.target.num_layers))
