@@ -155,6 +155,8 @@ def check_models(config: RunConfig) -> None:
         beside = students[line.teacher.step] if line.teacher else teacher
         if own is not None:
             check_layout(beside, own.parallel, who=f"teacher of {line.step} in its own layout")
+        if not line.distills:
+            continue
         try:
             find_matches(config.distill.intermediate, beside, student, config.parallel)
         except ConfigError as error:

@@ -59,7 +59,7 @@ class Line:
     Attributes:
         config: The run's configuration, as this step has it.
         step: Name of the step; empty in a run of one step.
-        source: The step whose student is scored and pruned; None for the original.
+        source: The step whose model is scored and pruned; None for the original.
         teacher: The step whose student teaches; None for the original, corrected or not.
     """
 
@@ -68,10 +68,16 @@ class Line:
     source: "Line | None" = None
     teacher: "Line | None" = None
 
+    @property
+    def distills(self) -> bool:
+        """Whether the step is more than pruning."""
+        return self.config.distill.train.num_tokens > 0
+
     def place(self, stage: str) -> str:
         """Where a stage lies in the run folder; ``source`` and ``teacher`` are names of roles."""
         if stage == "source":
-            return self.source.place("distill") if self.source else "import"
+            left = "distill" if self.source and self.source.distills else "prune"
+            return self.source.place(left) if self.source else "import"
         if stage == "teacher":
             original = "correct" if self.config.correction.enabled else "import"
             return self.teacher.place("distill") if self.teacher else original
@@ -151,11 +157,16 @@ def _line_stages(config: RunConfig) -> list[Stage]:
     """The stages of one step."""
     evaluations = ["eval_teacher", "eval_pruned", "eval_distilled"]
     needs = ("source", "score") if config.prune.needs_scores else ("source",)
-    return [
+    pruning = [
         Stage("score", ("source", "data"), _score_values, _action("score")),
         Stage("prune", needs, _prune_values, _action("prune"), outside=lambda c: given_identity(c.prune)),
         Stage("verify", ("source", "prune", "data"), _verify_values, _action("verify")),
         _eval_stage("pruned"),
+    ]
+    if not Line(config).distills:
+        return pruning
+    return [
+        *pruning,
         Stage(
             "teacher_logits",
             (*_teachers_stage(config), "import", "data"),

@@ -301,9 +301,25 @@ def test_steps_of_a_chain_share_the_cache_of_the_original(base: list[str], monke
     assert seen == [7680, 9728]
 
 
+def test_a_step_of_no_tokens_only_prunes_and_the_next_prunes_that(base: list[str]) -> None:
+    steps = "{name: width, prune: {hidden_size: 56}, num_tokens: 0}, {name: depth, prune: {num_layers: 3}}"
+    config = compose_run([*base, f"chain=[{steps}]", "baseline.enabled=false"])
+    check_models(config)
+    wanted = wanted_stages("compress", config)
+    shared, pruning = ["import", "data", "eval_teacher"], ["score", "prune", "verify", "eval_pruned"]
+    assert wanted == [*shared, *(f"steps/width/{s}" for s in pruning), *(f"steps/depth/{s}" for s in STEP)]
+    stages = {stage.name: stage for stage in stages_of(config)}
+    assert stages["steps/depth/score"].needs == ("steps/width/prune", "data")
+    assert stages["steps/depth/prune"].needs == ("steps/width/prune", "steps/depth/score")
+    assert stages["steps/depth/distill"].needs == ("import", "steps/depth/prune", "data")
+
+
 @pytest.mark.parametrize(
     "chain",
     [
+        "[{name: a}, {name: b, num_tokens: 0}]",
+        "[{name: a, num_tokens: 0}, {name: b, teacher: previous}]",
+        "[{name: a, num_tokens: -1}]",
         "[{name: a/b}]",
         "[{prune: {hidden_size: 8}}]",
         "[{name: a}, {name: a}]",
