@@ -1,7 +1,36 @@
-"""Streaming through a checkpoint: which process takes what, and reading on while the last piece is written."""
+"""Streaming through a checkpoint: who takes what, reading on while the last piece is written, in memory used again."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+from numpy.typing import NDArray
+
+Memory = Callable[[int], NDArray[np.uint8]]
+"""Gives so many bytes to write to."""
+
+
+def fresh_memory(num_bytes: int) -> NDArray[np.uint8]:
+    """Bytes of their own. NumPy asks for huge pages, which makes the first touch cheaper."""
+    return np.empty(num_bytes, dtype=np.uint8)
+
+
+class Workspace:
+    """Memory that is used again: the first touch of fresh memory can cost more than all that is done with it."""
+
+    def __init__(self) -> None:
+        self._held: dict[str, NDArray[np.uint8]] = {}
+
+    def memory(self, name: str) -> Memory:
+        """The memory of a name, as large as what was asked of it most."""
+
+        def give(num_bytes: int) -> NDArray[np.uint8]:
+            if name not in self._held or len(self._held[name]) < num_bytes:
+                self._held.pop(name, None)
+                self._held[name] = fresh_memory(num_bytes)
+            return self._held[name][:num_bytes]
+
+        return give
 
 
 def deal[T](items: Iterable[tuple[T, int]], *, rank: int, world_size: int) -> list[T]:

@@ -1,13 +1,14 @@
 """Applying a prune spec: slice one parameter, or stream a whole checkpoint through."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from math import prod
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
@@ -20,7 +21,7 @@ from minitron.checkpoint.folder import (
     write_model_config,
 )
 from minitron.checkpoint.store import CheckpointReader, CheckpointWriter
-from minitron.checkpoint.stream import deal, read_ahead
+from minitron.checkpoint.stream import Memory, Workspace, deal, fresh_memory, read_ahead
 from minitron.errors import CheckpointError, PruneError
 from minitron.models.axes import Dim, Indices, ParamAxes, global_shape, kept_positions, layer_shape, params_of
 from minitron.models.hf_names import blocks
@@ -52,7 +53,9 @@ class SliceItem:
     rows: tuple[int, int] | None = None
 
 
-def slice_param(param: ParamAxes, tensor: Tensor, layer: int | None, spec: PruneSpec) -> Tensor:
+def slice_param(
+    param: ParamAxes, tensor: Tensor, layer: int | None, spec: PruneSpec, memory: Memory = fresh_memory
+) -> Tensor:
     """The part of one parameter that the pruned model keeps.
 
     Vocabulary rows are never pruned, so a chunk of an embedding's rows may be given.
@@ -63,6 +66,7 @@ def slice_param(param: ParamAxes, tensor: Tensor, layer: int | None, spec: Prune
             checkpoint does not stack it over layers.
         layer: Number of the layer in the pruned model; None when not stacked.
         spec: What to keep.
+        memory: Where to put what is taken out of the tensor.
     """
     tensor = merge_heads(param, tensor, layer, spec)
     kept = spec.kept(layer)
@@ -70,21 +74,25 @@ def slice_param(param: ParamAxes, tensor: Tensor, layer: int | None, spec: Prune
         np.arange(size) if dim is Dim.vocab else kept_positions(dim, spec.source, kept)
         for dim, size in zip(param.dims, tensor.shape, strict=True)
     ]
-    if len(positions) == 1 or len(positions[1]) == tensor.shape[1]:
-        whole = len(positions[0]) == tensor.shape[0]
-        return tensor if whole else tensor.index_select(0, torch.from_numpy(positions[0]))
-    return _take(tensor, *positions)
-
-
-def _take(tensor: Tensor, rows: Indices, columns: Indices) -> Tensor:
-    """Rows and columns of a matrix. NumPy takes elements of a row three times as fast as torch does on a CPU."""
+    shape = tuple(map(len, positions))
+    if shape == tensor.shape:
+        return tensor
     units = tensor.view(_SAME_SIZE[tensor.element_size()]).numpy()
-    out = np.empty((len(rows), len(columns)), dtype=units.dtype)
+    out = memory(prod(shape) * units.itemsize).view(units.dtype).reshape(shape)
+    _take(units, positions, out)
+    return torch.from_numpy(out).view(tensor.dtype)
+
+
+def _take(units: NDArray[Any], positions: Sequence[Indices], out: NDArray[Any]) -> None:
+    """Rows, or rows and columns. NumPy takes elements of a row three times as fast as torch does on a CPU."""
+    rows, *columns = positions
+    if not columns or len(columns[0]) == units.shape[1]:
+        np.take(units, rows, axis=0, out=out, mode="clip")  # the default mode makes a copy of out
+        return
     step = max(1, _CACHED_BYTES // (units.shape[1] * units.itemsize))
     for first in range(0, len(rows), step):
         block = slice(first, first + step)
-        np.take(units[rows[block]], columns, axis=1, out=out[block], mode="clip")  # the default mode copies out
-    return torch.from_numpy(out).view(tensor.dtype)
+        np.take(units[rows[block]], columns[0], axis=1, out=out[block], mode="clip")
 
 
 def slice_items(spec: PruneSpec, element_sizes: Mapping[str, int]) -> Iterator[tuple[SliceItem, int]]:
@@ -147,7 +155,7 @@ def apply_spec(
         copy_side_files(source, out)
     sizes = {key: info.dtype.itemsize for key, info in reader.tensors.items()}
     items = deal(slice_items(spec, sizes), rank=rank, world_size=world_size)
-    for done, (item, kept) in enumerate(read_ahead(items, partial(_read_item, spec=spec, reader=reader)), start=1):
+    for done, (item, kept) in enumerate(read_ahead(items, _Slicing(spec, reader).read), start=1):
         shape = global_shape(item.param, spec.target)
         first = item.rows[0] if item.rows is not None else item.layer or 0
         writer.write(item.param.key, kept, global_shape=shape, offsets=(first, *[0] * (len(shape) - 1)))
@@ -156,18 +164,32 @@ def apply_spec(
     writer.finish(group)
 
 
-def _read_item(item: SliceItem, *, spec: PruneSpec, reader: CheckpointReader) -> Tensor:
-    """Read one item, and slice it."""
-    lengths = list(global_shape(item.param, spec.source))
-    offsets = [0] * len(lengths)
-    if item.rows is not None:
-        offsets[0], lengths[0] = item.rows
-    if item.layer is not None:
-        offsets[0], lengths[0] = spec.layers[item.layer], 1
-    tensor = reader.read(item.param.key, offsets, lengths)
-    if item.layer is None:
-        return slice_param(item.param, tensor, None, spec)
-    return slice_param(item.param, tensor.squeeze(0), item.layer, spec).unsqueeze(0)
+class _Slicing:
+    """Reads items and slices them, in memory for one source and two results: one is read while the other is written."""
+
+    def __init__(self, spec: PruneSpec, reader: CheckpointReader) -> None:
+        self._spec = spec
+        self._reader = reader
+        self._workspace = Workspace()
+        self._turn = 0
+
+    def read(self, item: SliceItem) -> Tensor:
+        """Read one item, and slice it."""
+        spec, param = self._spec, item.param
+        lengths = list(global_shape(param, spec.source))
+        offsets = [0] * len(lengths)
+        if item.rows is not None:
+            offsets[0], lengths[0] = item.rows
+        if item.layer is not None:
+            offsets[0], lengths[0] = spec.layers[item.layer], 1
+        self._turn = 1 - self._turn
+        result = source = self._workspace.memory(f"result {self._turn}")
+        if layer_shape(param, spec.source) != layer_shape(param, spec.target):
+            source = self._workspace.memory("source")
+        tensor = self._reader.read(param.key, offsets, lengths, source)
+        if item.layer is None:
+            return slice_param(param, tensor, None, spec, result)
+        return slice_param(param, tensor.squeeze(0), item.layer, spec, result).unsqueeze(0)
 
 
 def _check_tensors(spec: PruneSpec, shapes: Mapping[str, tuple[int, ...]], source: Path) -> None:

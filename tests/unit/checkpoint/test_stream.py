@@ -4,7 +4,7 @@ import threading
 
 import pytest
 
-from minitron.checkpoint.stream import deal, read_ahead
+from minitron.checkpoint.stream import Workspace, deal, read_ahead
 
 
 def test_work_is_dealt_by_size() -> None:
@@ -43,3 +43,17 @@ def test_what_goes_wrong_in_reading_comes_up() -> None:
     assert next(results) == (1, 1)
     with pytest.raises(ValueError, match="the second"):
         next(results)
+
+
+def test_memory_is_used_again() -> None:
+    work = Workspace()
+    large = work.memory("a")(8)
+    large[:] = 7
+    small, other = work.memory("a")(3), work.memory("b")(8)
+    assert small.tolist() == [7, 7, 7]
+    other[:] = 1
+    assert large.tolist() == [7] * 8
+    grown = work.memory("a")(9)
+    grown[:] = 2
+    assert large.tolist() == [7] * 8
+    assert work.memory("a")(2).base is grown.base
