@@ -34,7 +34,8 @@ def validate(run: RunConfig) -> None:
         check_depth(run.score, prune)
     for number, step in enumerate(run.chain):
         train = in_step(run, step).distill.train
-        check_train(train, run.parallel, seq_length=seq_length, who=f"chain.{number} ({step.name})")
+        if step.num_tokens != 0:
+            check_train(train, run.parallel, seq_length=seq_length, who=f"chain.{number} ({step.name})")
     if run.distill.teacher.path is not None:
         _check_given_teacher(run)
     own = own_layout(run.distill, run.parallel)
