@@ -93,7 +93,8 @@ def cosine_distance(before_SBH: Tensor, after_SBH: Tensor) -> Tensor:
 def _chunks(activation_SBX: Tensor) -> Sequence[Tensor]:
     """Runs of tokens."""
     tokens = _CHUNK_ELEMENTS[activation_SBX.device.type] // activation_SBX[0].numel()
-    return activation_SBX.split(max(1, tokens))
+    chunks: Sequence[Tensor] = activation_SBX.split(max(1, tokens))
+    return chunks
 
 
 def _norms(values: Tensor) -> Tensor:
