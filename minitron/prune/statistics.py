@@ -5,11 +5,11 @@ numbers and the sum of their squares over samples are kept in float64. That is e
 batch reduction, and makes the scores independent of how samples were grouped into micro-batches and
 spread over ranks.
 
-All of it is float64: what rounding there is comes from the forward pass. On a CPU that is cheap as long as a chunk of
-tokens stays in the cache between one step and the next.
+Sums are float64, norms over a token's channels are at least fp32: what rounding there is comes from the forward pass.
+On a CPU that is cheap as long as a chunk of tokens stays in the cache between one step and the next.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -28,7 +28,7 @@ _CHUNK_ELEMENTS = {"cpu": 100_000, "cuda": 2**24}
 def reduce_sequence(
     activation_SBX: Tensor, reductions: Sequence[Reduction], *, per_head: int | None = None
 ) -> dict[Reduction, Tensor]:
-    """Reduce an activation over the sequence, in float64, a chunk of tokens at a time.
+    """Reduce an activation over the sequence, a chunk of tokens at a time.
 
     Args:
         activation_SBX: The activation; X is any unit.
@@ -36,24 +36,28 @@ def reduce_sequence(
         per_head: Replace every run of so many channels by its L2 norm, token by token, first.
 
     Returns:
-        ``[B, X]`` per reduction (``[B, X / per_head]`` with heads).
+        ``[B, X]`` per reduction in float64 (``[B, X / per_head]`` with heads).
     """
-    length = len(activation_SBX)
+    length, width = len(activation_SBX), activation_SBX.shape[-1] // (per_head or 1)
     absolute = signed = squares = torch.zeros((), dtype=torch.float64)
+    scratch_CBX: Tensor | None = None
     for chunk in _chunks(activation_SBX):
-        wide = chunk if per_head is None else torch.linalg.vector_norm(chunk.unflatten(-1, (-1, per_head)), dim=-1)
+        values = chunk if per_head is None else _norms(chunk.unflatten(-1, (width, per_head)))
+        if scratch_CBX is None:  # the first chunk is the longest
+            scratch_CBX = torch.empty_like(values, dtype=torch.float64)
+        wide = scratch_CBX[: len(values)]
         if Reduction.mean in reductions:
-            absolute = absolute + wide.abs().sum(dim=0)
+            absolute = absolute + wide.copy_(values.abs()).sum(dim=0)
         if Reduction.var in reductions:
-            signed = signed + wide.sum(dim=0)
+            signed = signed + wide.copy_(values).sum(dim=0)
         if Reduction.l2 in reductions or Reduction.var in reductions:
-            squares = squares + wide.square().sum(dim=0)
-    values = {
+            squares = squares + wide.copy_(values).square_().sum(dim=0)
+    reduced = {
         Reduction.mean: absolute / length,
         Reduction.l2: squares.sqrt(),
         Reduction.var: (squares / length - (signed / length).square()).clamp_min(0),
     }
-    return {reduction: values[reduction] for reduction in reductions}
+    return {reduction: reduced[reduction] for reduction in reductions}
 
 
 def reduce_batch(sums: Floats, count: int, reduction: Reduction) -> Floats:
@@ -79,14 +83,25 @@ def cosine_distance(before_SBH: Tensor, after_SBH: Tensor) -> Tensor:
     """
     distance_B = torch.zeros(before_SBH.shape[1], dtype=torch.float64, device=before_SBH.device)
     for before, after in zip(_chunks(before_SBH), _chunks(after_SBH), strict=True):
-        before_CB, after_CB, step_CB = (torch.linalg.vector_norm(x, dim=-1) for x in (before, after, after - before))
+        before, after = before.to(_working_dtype(before)), after.to(_working_dtype(after))
+        before_CB, after_CB, step_CB = (_norms(x).double() for x in (before, after, after - before))
         product_CB = (2 * before_CB * after_CB).clamp_min(torch.finfo(torch.float64).tiny)
         distance_B += ((step_CB.square() - (after_CB - before_CB).square()) / product_CB).sum(dim=0)
     return distance_B
 
 
-def _chunks(activation_SBX: Tensor) -> Iterator[Tensor]:
-    """Runs of tokens in float64."""
+def _chunks(activation_SBX: Tensor) -> Sequence[Tensor]:
+    """Runs of tokens."""
     tokens = _CHUNK_ELEMENTS[activation_SBX.device.type] // activation_SBX[0].numel()
-    for part in activation_SBX.split(max(1, tokens)):
-        yield part.double()
+    chunks: Sequence[Tensor] = activation_SBX.split(max(1, tokens))
+    return chunks
+
+
+def _norms(values: Tensor) -> Tensor:
+    """L2 norms over the last dimension, in fp32 or better."""
+    norms: Tensor = torch.linalg.vector_norm(values.to(_working_dtype(values)), dim=-1)
+    return norms
+
+
+def _working_dtype(tensor: Tensor) -> torch.dtype:
+    return torch.promote_types(tensor.dtype, torch.float32)

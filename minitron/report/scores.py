@@ -25,7 +25,7 @@ _HEAT_MAPS = {
     "hidden_norms": (
         "Hidden channels",
         "channels, most important over all norms first",
-        "norm, from the first layer on",
+        "norm, the final one last",
     ),
 }
 _METRICS = {

@@ -3,7 +3,7 @@
 SmolLM2-135M-Instruct from 30 to 24 and to 20 layers. Each metric and selection chooses the layers on calibration text
 (the demo's training split), and the model without them is evaluated on held-out text of the same kind. Nothing is
 retrained. The measurements are kept in the run folder, so that an interrupted call goes on where it was; ``--part``
-makes one of them. Seconds are those of the measurement that a choice needs, by itself.
+makes one of them.
 """
 
 import argparse
@@ -20,6 +20,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from minitron.checkpoint.folder import read_model_config
 from minitron.cli.main import main as minitron
 from minitron.config.compose import compose_run
 from minitron.config.depth import DepthPlan
@@ -48,11 +49,7 @@ FREE, BLOCK, GREEDY = DepthSelection.free, DepthSelection.contiguous, DepthSelec
 COUNTS = (24, 20)
 ROWS = [(BI, FREE), (BI, BLOCK), (LOSS, FREE), (LOSS, BLOCK), (LOSS, GREEDY), (MSE, FREE), (MSE, BLOCK), (MSE, GREEDY)]
 PLANS = {
-    "bi_block": DepthPlan((BI,), (6, 10)),
-    "loss_free": DepthPlan((LOSS,), (1,)),
-    "loss_block": DepthPlan((LOSS,), (6, 10)),
-    "logit_mse_free": DepthPlan((MSE,), (1,)),
-    "logit_mse_block": DepthPlan((MSE,), (6, 10)),
+    "blocks": DepthPlan((BI, LOSS, MSE), (1, 6, 10)),
     "loss_greedy": DepthPlan(greedy=LOSS, num_greedy=10),
     "logit_mse_greedy": DepthPlan(greedy=MSE, num_greedy=10),
 }
@@ -132,9 +129,9 @@ def read(run: Path, part: str) -> dict[str, Any]:
 
 
 def part_of(metric: DepthMetric, selection: DepthSelection) -> str:
-    if metric is BI:
-        return "calibration" if selection is FREE else "bi_block"
-    return f"{metric}_{ {FREE: 'free', BLOCK: 'block', GREEDY: 'greedy'}[selection] }"
+    if selection is GREEDY:
+        return f"{metric}_greedy"
+    return "calibration" if (metric, selection) == (BI, FREE) else "blocks"
 
 
 def chosen(run: Path, model: ModelConfig, metric: DepthMetric, selection: DepthSelection, count: int) -> list[int]:
@@ -151,28 +148,25 @@ def chosen(run: Path, model: ModelConfig, metric: DepthMetric, selection: DepthS
 
 
 def table(run: Path, overrides: list[str], tokens: int, threads: int) -> None:
-    from minitron.checkpoint.folder import read_model_config
-
     model = read_model_config(run / "import")
-    rows = [(*row, count, chosen(run, model, *row, count)) for row in ROWS for count in COUNTS]
-    sets = sorted({tuple(layers) for *_, layers in rows})
+    made = [row for row in ROWS if (run / "depth_table" / f"{part_of(*row)}.json").exists()]
+    gone = {(row, count): chosen(run, model, *row, count) for row in made for count in COUNTS}
+    sets = sorted(set(map(tuple, gone.values())))
     (losses,) = run_ranks(heldout, 1, threads, run, overrides, [list(layers) for layers in sets], tokens)
     loss_of = dict(zip(sets, losses[1:], strict=True))
     write(run, "losses", {"tokens": tokens, "whole": losses[0], "without": {write_units(s): loss_of[s] for s in sets}})
     out = Table(
-        "metric",
-        "selection",
-        *(f"{n} layers: dropped" if i else f"{n} layers: loss" for n in COUNTS for i in range(2)),
-        "s",
+        "metric", "selection", *(f"{n} layers: {what}" for n in COUNTS for what in ("loss", "dropped")), "tokens"
     )
-    for metric, selection in ROWS:
-        cells = []
-        for _m, _s, _n, layers in (row for row in rows if row[:2] == (metric, selection)):
-            cells += [f"{loss_of[tuple(layers)]:.3f}", write_units(layers)]
-        out.add_row(str(metric), str(selection), *cells, f"{read(run, part_of(metric, selection))['seconds']:.0f}")
+    for row in made:
+        cells = [cell for n in COUNTS for cell in (f"{loss_of[tuple(gone[row, n])]:.3f}", write_units(gone[row, n]))]
+        out.add_row(*map(str, row), *cells, f"{256 * read(run, part_of(*row))['samples']:,}")
     console = Console(width=160)
     console.print(f"whole model: {losses[0]:.3f} nats/token on {tokens} held-out tokens")
     console.print(out)
+    for part in ("calibration", *PLANS):
+        if (run / "depth_table" / f"{part}.json").exists():
+            console.print(f"{part}: {read(run, part)['seconds']:.0f} s")
 
 
 def main() -> None:
