@@ -123,9 +123,8 @@ def _data(session: Session, out: Path) -> Values:
             on_progress=lambda _documents, done: progress.update(done, max(limit, done)),
         )
     # Now, not when training starts: one global batch, the calibration samples, one held-out sequence.
-    seq_length, fit = session.config.data.seq_length, session.config.prune.reconstruct
+    seq_length = session.config.data.seq_length
     train = max(session.config.distill.train.global_batch_size, session.config.score.num_samples)
-    train = max(train, fit.num_samples if fit.enabled else 0)
     require_tokens(out, Split.train, num_sequences=train, seq_length=seq_length)
     require_tokens(out, Split.heldout, num_sequences=1, seq_length=seq_length)
     return {"train_tokens": summary.train.num_tokens, "heldout_tokens": summary.heldout.num_tokens}
