@@ -95,7 +95,7 @@ def identity(shape: str, name: str, settings: PruneConfig | None, config: RunCon
 
 def measure(config: RunConfig, run: RunFolder, groups: Groups, table: Path, deadline: float) -> dict[str, Any]:
     """Fill in the rows that are not there, until the deadline."""
-    done: dict[str, Any] = json.loads(table.read_text()) if table.exists() else {}
+    done = read(table)
     with tempfile.TemporaryDirectory(dir=run.path) as folder:
         source = relabelled(run.stage("import"), Path(folder) / "source")
         scores = replace(Scores.load(run.stage("score")), model=read_model_config(source))
@@ -132,11 +132,18 @@ def measure(config: RunConfig, run: RunFolder, groups: Groups, table: Path, dead
                 data=run.stage("data"),
                 out=Path(folder) / "eval",
             )
-            done[key] = {"shape": shape, "row": name, "loss": result["loss"], "seconds": seconds}
+            row = {"shape": shape, "row": name, "loss": result["loss"], "seconds": seconds}
+            done = read(table) | {key: row}  # another process may fill in rows as well
             sys.stdout.write(f"{shape:<34} {name:<24} {result['loss']:.4f} ({seconds:.0f} s to prune)\n")
             sys.stdout.flush()
             table.write_text(json.dumps(done, indent=1))
     return done
+
+
+def read(table: Path) -> dict[str, Any]:
+    """The rows that are done."""
+    rows: dict[str, Any] = json.loads(table.read_text()) if table.exists() else {}
+    return rows
 
 
 def show(done: dict[str, Any]) -> None:
