@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
-from minitron.cli.search_stages import LATENCY, RESULT, SEARCH, is_search, search_plans, search_space
+from minitron.cli.search_stages import LATENCY, RESULT, SEARCH, is_search, latencies, search_plans, search_space
 from minitron.cli.source import source_model
 from minitron.cli.stages import stages_of
 from minitron.cli.turn import in_turn
@@ -15,7 +15,6 @@ from minitron.cli.worker import run_rank
 from minitron.config.intermediate import find_matches
 from minitron.config.model import ModelConfig
 from minitron.config.run import Device, RunConfig
-from minitron.config.search import LatencySource
 from minitron.errors import ConfigError, LayoutError
 from minitron.pipeline import OutsideHashes, Planned, outside_hashes
 from minitron.report.search import print_search, read_search
@@ -93,7 +92,7 @@ def check_search(config: RunConfig, run: RunFolder, *, teacher: ModelConfig | No
             "choose one: search=nemotron4_15b_to_4b"
         )
     space = search_space(config, run)
-    if search.latency.source is LatencySource.roofline or run.meta(LATENCY) is not None or not space.candidates:
+    if latencies(config, run) is not None or not space.candidates:
         require_candidates(space, search)
     for candidate in space.candidates:
         try:

@@ -41,11 +41,15 @@ def is_search(wanted: Sequence[str]) -> bool:
 
 def search_space(config: RunConfig, run: RunFolder) -> Space:
     """What is left of the grid; before latencies are measured, what they decide is still in."""
-    search = config.search
-    latency: Latency | None = roofline(search)
-    if search.latency.source is LatencySource.measured:
-        latency = None if run.meta(LATENCY) is None else read_latencies(run.stage(LATENCY))
-    return enumerate_space(source_model(config), config.prune, search, config.parallel, latency)
+    return enumerate_space(source_model(config), config.prune, config.search, config.parallel, latencies(config, run))
+
+
+def latencies(config: RunConfig, run: RunFolder) -> Latency | None:
+    """Milliseconds of every shape of the grid; None where they are still to be measured, or measured anew."""
+    if config.search.latency.source is LatencySource.roofline:
+        return roofline(config.search)
+    meta, now = run.meta(LATENCY), _latency_values(config)
+    return read_latencies(run.stage(LATENCY)) if meta is not None and meta["values"] == now else None
 
 
 def candidates_of(config: RunConfig, run: RunFolder) -> list[Candidate]:
@@ -123,7 +127,7 @@ def stages_of_search(config: RunConfig, run: RunFolder, wanted: Sequence[str] = 
             candidates' losses.
     """
     first = _first_stages(config)
-    if LATENCY in [stage.name for stage in first] and run.meta(LATENCY) is None:
+    if latencies(config, run) is None:
         return first
     candidates = candidates_of(config, run)
     stages = [*first, *_candidate_stages(config, [candidate_line(config, candidate) for candidate in candidates])]
@@ -183,7 +187,7 @@ def _first_stages(config: RunConfig) -> list[Stage]:
     names = [name for name in _SHARED if name != "score" or config.prune.ranking is Ranking.importance]
     stages = [stage for stage in stages_of(config) if stage.name in names]
     if config.search.latency.source is LatencySource.measured:
-        stages.insert(1, _latency_stage(config))
+        stages.insert(1, Stage(LATENCY, ("import",), _latency_values, _action("latency")))
     return stages
 
 
@@ -214,19 +218,14 @@ def _rung(distill: Stage, steps: int) -> Stage:
     return replace(distill, name=f"distill_{steps}", values=values, run=run)
 
 
-def _latency_stage(config: RunConfig) -> Stage:
-    """Latencies of every width that may be a candidate's."""
-
-    def values(config: RunConfig) -> dict[str, Any]:
-        space = enumerate_space(source_model(config), config.prune, config.search, config.parallel, None)
-        widths = sorted({width_name(candidate.model) for candidate in space.candidates})
-        return {
-            "search.widths": widths,
-            **flat_values(config.search.serving, "search.serving"),
-            **flat_values(config.precision, "precision"),
-        }
-
-    return Stage(LATENCY, ("import",), values, _action("latency"))
+def _latency_values(config: RunConfig) -> dict[str, Any]:
+    """What decides latencies: every width that may be a candidate's, and how it is run."""
+    space = enumerate_space(source_model(config), config.prune, config.search, config.parallel, None)
+    return {
+        "search.widths": sorted({width_name(candidate.model) for candidate in space.candidates}),
+        **flat_values(config.search.serving, "search.serving"),
+        **flat_values(config.precision, "precision"),
+    }
 
 
 def _result_stage(config: RunConfig, run: RunFolder, names: Sequence[str]) -> Stage:

@@ -43,7 +43,7 @@ def distill_to(session: Session, out: Path, steps: int) -> dict[str, Any]:
 
 def latency(session: Session, out: Path) -> dict[str, Any]:
     """Time every width that may be a candidate's."""
-    space = search_space(session.config, session.run)
+    space = search_space(session.config, session.run)  # before latencies decide
     models = [candidate.model for candidate in space.candidates]
     return {"widths": measure_widths(session, models, session.config.search.serving, out)}
 

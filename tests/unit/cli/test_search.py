@@ -1,5 +1,6 @@
 """A search before any rank starts: identities of its stages, who works on what, and one line for each mistake."""
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -7,9 +8,10 @@ import pytest
 
 from minitron.cli.main import main
 from minitron.cli.search_job import deal
-from minitron.cli.search_stages import plan_search, stages_of_search
+from minitron.cli.search_stages import LATENCY, plan_search, search_plans, stages_of_search
 from minitron.cli.stages import stages_of
 from minitron.config.compose import compose_run
+from minitron.errors import ArtefactError
 from minitron.pipeline import Planned, plan_stages
 from minitron.runtime.artefact import RunFolder
 from minitron.runtime.env import place_environment
@@ -102,6 +104,37 @@ def test_jobs_side_by_side_share_no_device(monkeypatch: pytest.MonkeyPatch) -> N
     second = place_environment(1, 2, 1, uses_cuda=True)
     assert (second["CUDA_VISIBLE_DEVICES"], second["OMP_NUM_THREADS"]) == ("5", "1")
     assert place_environment(1, 2, 1, uses_cuda=False)["CUDA_VISIBLE_DEVICES"] == "3,5"
+
+
+def test_latencies_count_for_what_they_were_measured_for(base: list[str]) -> None:
+    """Candidates are known once the benchmark is done; another grid or load needs another one."""
+    measured = [*base, *GRID, "search.latency.source=measured", "search.budget.latency_ms.max=5"]
+    config = compose_run(measured)
+    run = RunFolder(Path(config.runs_dir) / "tiny")
+    assert [stage.name for stage in stages_of_search(config, run)] == [
+        "import",
+        LATENCY,
+        "data",
+        "eval_teacher",
+        "score",
+    ]
+    first = next(search_plans(config, run, {}))
+    assert [item.stage.name for item in first] == ["import", LATENCY]
+    for item in first:
+        run.begin(item.identity, resumable=False)
+        if item.stage.name == LATENCY:
+            widths = {"h48-f96-a4-g4": (1, 1), "h56-f96-a4-g4": (2, 1)}  # 3 layers: 4 and 7 ms
+            text = json.dumps({name: {"layer_ms": layer, "rest_ms": rest} for name, (layer, rest) in widths.items()})
+            (run.path / ".partial" / LATENCY / "latency.json").write_text(text)
+        run.finish(item.identity, summary={}, seconds=1.0, environment={})
+    names = [stage.name for stage in stages_of_search(config, run) if stage.name.endswith("/prune")]
+    assert names == [f"search/{A}/prune"]
+    for other in ("search.grid.ffn_hidden_size=[96,64]", "search.serving.batch_size=2"):
+        changed = compose_run([*measured, other])
+        assert LATENCY in [stage.name for stage in stages_of_search(changed, run)]
+        assert not any(stage.name.endswith("/prune") for stage in stages_of_search(changed, run))
+        with pytest.raises(ArtefactError, match=r"search/latency was made with other inputs \(search\."):
+            next(search_plans(changed, run, {}))
 
 
 @pytest.fixture
