@@ -40,6 +40,13 @@ def print_plan(plan: Plan, config: RunConfig, origin: str, console: Console) -> 
     for item in plan.passes:
         if item.memory and not item.stage.endswith("baseline"):  # which holds the student without the teacher
             console.print(_memory(item, config))
+            if max(held.total for held in item.memory) > GPUS[settings.gpu].memory_bytes:
+                console.print(
+                    f"{item.stage} does not fit: more tensor or pipeline parallelism, a smaller micro-batch, fewer "
+                    "distill.teacher_microbatches\nor parallel.recompute_granularity=full take less\n",
+                    style="bold red",
+                    highlight=False,
+                )
     console.print(_costs(plan, config))
     per_second = settings.flops_per_second(config.precision.dtype)
     console.print(

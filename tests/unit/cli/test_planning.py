@@ -48,6 +48,17 @@ def test_machine_is_a_choice(capsys: pytest.CaptureFixture[str]) -> None:
     assert hours["plan.utilization=0.2"] == hours["plan.peak_tflops=494.5"]
 
 
+def test_what_does_not_fit_is_said(capsys: pytest.CaptureFixture[str]) -> None:
+    alone = ["parallel.tensor_model_parallel_size=1", "parallel.sequence_parallel=false"]
+    alone.append("distill.train.micro_batch_size=2")
+    for machine, fits in (("plan.gpu=a100", False), ("plan.gpu=b200", True)):
+        assert main(["plan", EXPERIMENT, "correction.enabled=false", *alone, machine]) == 0
+        shown = capsys.readouterr().out
+        assert ("distill does not fit: more tensor" in shown) is not fits
+    [total] = [line.split()[1] for line in shown.splitlines() if line.startswith(" total") and len(line.split()) == 2]
+    assert 80 < float(total) < 180
+
+
 def test_without_torch() -> None:
     code = (
         "import sys; from minitron.cli.main import main; "

@@ -80,6 +80,11 @@ def _digests(config: RunConfig, wanted: list[str] = LINE) -> dict[str, str]:
         ("prune.reconstruct.enabled=false", AFTER_PRUNE),
         ("data.num_workers=2", ""),
         ("tracking.tensorboard=true", ""),
+        ("plan.gpu=a100", ""),
+        ("preflight.message_mb=1", ""),
+        ("model=llama31_8b", ""),
+        ("correction.lr_warmup_steps=1", ""),  # there is no correction
+        ("source.random.architecture=mistral", " ".join(LINE)),
         ("export.dtype=bf16", "export report"),
         ("prune.hidden_size=56", AFTER_PRUNE),
         ("distill.train.lr=2e-3", "distill eval_distilled baseline eval_baseline export report"),
@@ -92,6 +97,15 @@ def test_what_a_setting_changes(base: list[str], override: str, changed: str) ->
     before, after = _digests(compose_run(base)), _digests(compose_run([*base, override]))
     assert list(before) == LINE
     assert [stage for stage in LINE if before[stage] != after[stage]] == changed.split()
+
+
+def test_warm_up_of_the_correction_counts_for_what_learns_from_it(base: list[str]) -> None:
+    config = compose_run([*base, "correction.enabled=true"])
+    wanted = ["correct", *LINE]
+    before = _digests(config, wanted)
+    after = _digests(compose_run([*base, "correction.enabled=true", "correction.lr_warmup_steps=1"]), wanted)
+    changed = {stage for stage in wanted if before[stage] != after[stage]}
+    assert changed == {"correct", "distill", "eval_distilled", "export", "report"}
 
 
 @pytest.mark.parametrize(
