@@ -228,6 +228,11 @@ def test_flat_values() -> None:
         "prune.ranking": "importance",
         "prune.aggregation": "l2_mean",
         "prune.seed": 1234,
+        "prune.reconstruct.enabled": True,
+        "prune.reconstruct.num_samples": 64,
+        "prune.reconstruct.micro_batch_size": 4,
+        "prune.reconstruct.damping": 0.1,
+        "prune.reconstruct.modules": ["linear_qkv", "linear_proj", "linear_fc1", "linear_fc2", "output_layer"],
     }
     nested = flat_values(RunConfig(), "run")
     assert nested["run.distill.train.lr"] == 1e-4
