@@ -55,7 +55,7 @@ BASE = [
     "report.sample_tokens=0",
 ]
 SLICED = ReconstructConfig(enabled=False)
-NUM_SAMPLES = (64, 16, 256)
+NUM_SAMPLES = (16, 32, 64, 256)
 """Sequences to fit on."""
 
 

@@ -240,8 +240,8 @@ def test_flat_values() -> None:
         "prune.reconstruct.enabled": True,
         "prune.reconstruct.num_samples": 64,
         "prune.reconstruct.micro_batch_size": 4,
-        "prune.reconstruct.damping": 0.01,
-        "prune.reconstruct.modules": ["linear_qkv", "linear_proj", "linear_fc1", "linear_fc2"],
+        "prune.reconstruct.damping": 0.1,
+        "prune.reconstruct.modules": ["linear_qkv", "linear_proj", "linear_fc1", "linear_fc2", "output_layer"],
         "prune.head_residual": "none",
         "prune.spec": None,
     }
