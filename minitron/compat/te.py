@@ -20,7 +20,8 @@ def import_error() -> str | None:
     """Why Transformer Engine cannot be imported, in one line; None when it can."""
     try:
         import transformer_engine.pytorch  # noqa: F401  # what loads its libraries
-    except (ImportError, OSError, RuntimeError) as error:  # a library that is missing, or was built for another torch
+    # A library that is missing or was built for another torch; its own assertions about how it was installed.
+    except (ImportError, OSError, RuntimeError, AssertionError) as error:
         return str(error).partition("\n")[0] or type(error).__name__
     return None
 
