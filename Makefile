@@ -6,10 +6,10 @@ PY := .venv/bin/python
 CODE := minitron tests
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check bench format lock clean
+.PHONY: help setup demo test test-slurm check bench format lock clean
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
 
 setup: ## make .venv and install everything pinned in requirements.lock (PYTHON=... chooses one)
 	@sh launch/setup.sh
@@ -19,6 +19,9 @@ demo: setup ## compress a real 135M model on this machine, ending with a report
 
 test: setup ## run the tests
 	@$(PY) -m pytest $(ARGS)
+
+test-slurm: setup ## as root: compress as jobs of a SLURM cluster made here (installed with apt), torchrun on two hosts
+	@$(PY) -m pytest -m "slurm or twonode" tests/launch $(ARGS)
 
 check: setup ## lint, format, types, import layers
 	@sh .ci/check.sh

@@ -9,8 +9,8 @@ import torch
 
 from minitron.checkpoint.folder import is_checkpoint_folder, read_model_config
 from minitron.cli.exporting import export
-from minitron.cli.stages import CHECKPOINT_OF, random_ranking
-from minitron.config.compose import to_yaml
+from minitron.cli.stages import CHECKPOINT_OF, RESOLVED_FILE, random_ranking
+from minitron.config.compose import load_resolved, to_yaml
 from minitron.config.distill import TeacherSource
 from minitron.config.precision import Dtype
 from minitron.config.run import SourceDtype, SourceKind
@@ -203,7 +203,9 @@ def _report(session: Session, out: Path) -> Values:
             "hidden": np.sum(scores.hidden, axis=0),
             "layer": width.layer,
         }
-        write_report(session.run, out, importance, to_yaml(session.config))
+        # This stage's process is alone; the page shows the layout that the others had.
+        whole = load_resolved(session.run.path / RESOLVED_FILE)
+        write_report(session.run, out, importance, to_yaml(replace(session.config, parallel=whole.parallel)))
     return {}
 
 

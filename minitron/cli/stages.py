@@ -27,6 +27,9 @@ if TYPE_CHECKING:
 
 Values = dict[str, Any]
 
+RESOLVED_FILE = "resolved.yaml"
+"""The configuration that every rank loads, in the run's folder."""
+
 _LOGGING_ONLY = ("log_interval_steps", "save_interval_steps", "eval_interval_steps", "eval_tokens")
 """Training settings that do not change the weights."""
 
@@ -117,13 +120,14 @@ def lines_of(config: RunConfig) -> list[Line]:
 def stages_of(config: RunConfig) -> list[Stage]:
     """Every stage of a run, each after those it needs; a verb runs some of them."""
     shared = [
-        Stage("import", (), _source_values, _action("import"), outside=_model_outside),
+        Stage("import", (), _source_values, _action("import"), outside=_model_outside, alone=True),
         Stage(
             "data",
             ("import",),
             lambda c: _section(c, "data", drop=("num_workers",)),
             _action("data"),
             outside=_text_outside,
+            alone=True,
         ),
         _eval_stage("teacher"),
         *(_training_stages("correct", config) if config.correction.enabled else []),
@@ -154,7 +158,11 @@ def _line_stages(config: RunConfig) -> list[Stage]:
     return [
         Stage("score", ("source", "data"), _score_values, _action("score")),
         Stage(
-            "prune", ("source", *(["score"] if needs_scores else [])), lambda c: _section(c, "prune"), _action("prune")
+            "prune",
+            ("source", *(["score"] if needs_scores else [])),
+            lambda c: _section(c, "prune"),
+            _action("prune"),
+            alone=True,
         ),
         _eval_stage("pruned"),
         Stage(
@@ -168,12 +176,13 @@ def _line_stages(config: RunConfig) -> list[Stage]:
         ),
         *_training_stages("distill", config),
         *(_training_stages("baseline", config) if config.baseline.enabled else []),
-        Stage("export", ("distill", "data"), lambda c: _section(c, "export"), _action("export")),
+        Stage("export", ("distill", "data"), lambda c: _section(c, "export"), _action("export"), alone=True),
         Stage(
             "report",
             ("score", "prune", *evaluations, *(["eval_baseline"] if config.baseline.enabled else []), "export"),
             lambda c: {},
             _action("report"),
+            alone=True,
         ),
     ]
 
@@ -184,13 +193,20 @@ def _ablation_stages(config: RunConfig) -> list[Stage]:
         return []
     others = [name for name in ABLATION if name not in ("distill", "baseline")]
     return [
-        Stage("prune_random", ("source",), lambda c: _section(random_ranking(c), "prune"), _action("prune_random")),
+        Stage(
+            "prune_random",
+            ("source",),
+            lambda c: _section(random_ranking(c), "prune"),
+            _action("prune_random"),
+            alone=True,
+        ),
         *(stage for name in others for stage in _training_stages(name, config)),
         Stage(
             "ablation",
             ("eval_teacher", "eval_pruned", *(f"eval_{_evaluated(name)}" for name in ABLATION)),
             lambda c: _section(c, "ablation"),
             _action("ablation"),
+            alone=True,
         ),
     ]
 

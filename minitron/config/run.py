@@ -5,6 +5,7 @@ from enum import StrEnum
 
 from minitron.config.data import DataConfig
 from minitron.config.distill import DistillConfig
+from minitron.config.launch import ClusterConfig, LaunchConfig
 from minitron.config.line import AblationConfig, ChainStepConfig, CorrectionConfig
 from minitron.config.parallel import ParallelConfig
 from minitron.config.precision import Dtype, PrecisionConfig
@@ -156,6 +157,8 @@ class RunConfig:
     export: ExportConfig = field(default_factory=ExportConfig)
     report: ReportConfig = field(default_factory=ReportConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
+    launch: LaunchConfig = field(default_factory=LaunchConfig)
+    cluster: ClusterConfig = field(default_factory=ClusterConfig)
 
     def __post_init__(self) -> None:
         """Check what concerns no other section."""

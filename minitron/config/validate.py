@@ -1,6 +1,7 @@
 """Rules that span several sections of a run. Each raises one error that says what to change."""
 
 from minitron.config.distill import TeacherSource
+from minitron.config.launch import nodes_of
 from minitron.config.line import Ancestor, check_chain
 from minitron.config.parallel import ParallelConfig
 from minitron.config.run import RunConfig, SourceKind
@@ -18,6 +19,7 @@ def validate(run: RunConfig) -> None:
     """
     _check_source(run)
     _check_ranges(run)
+    nodes_of(run.launch, run.cluster, run.parallel)
     seq_length = run.data.seq_length
     check_train(run.distill.train, run.parallel, seq_length=seq_length, who="distill.train")
     if run.correction.enabled:

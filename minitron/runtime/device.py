@@ -57,6 +57,7 @@ def process_group(env: DistEnv, device: Device) -> Iterator[None]:
         torch.cuda.set_device(env.local_rank)
     torch.distributed.init_process_group(
         backend="gloo" if device is Device.cpu else "cpu:gloo,cuda:nccl",
+        init_method=env.init_method,
         rank=env.rank,
         world_size=env.world_size,
         timeout=COLLECTIVE_TIMEOUT,

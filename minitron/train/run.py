@@ -15,6 +15,7 @@ from minitron.models.gpt import Chunks, build_gpt
 from minitron.models.load import load_gpt
 from minitron.parallel.groups import seed_weights
 from minitron.runtime.session import Session
+from minitron.runtime.signals import stop_agreement
 from minitron.runtime.tracking import MetricsWriter
 from minitron.train.heldout import heldout_loss
 from minitron.train.loop import TrainJob, train
@@ -75,7 +76,7 @@ def train_to_folder(
         max_tokens=settings.eval_tokens,
     )
     cross_entropy = CrossEntropy(model.vocab_size, groups, config.parallel.sequence_parallel)
-    with session.progress(stage) as progress:
+    with session.progress(stage) as progress, stop_agreement() as stop_agreed:
         summary = train(
             TrainJob(
                 trainable=trainable,
@@ -92,6 +93,7 @@ def train_to_folder(
                 progress=progress,
                 groups=groups,
                 device=session.torch_device,
+                stop_agreed=stop_agreed,
             )
         )
     save_model(gpt, out)
