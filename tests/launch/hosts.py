@@ -35,7 +35,7 @@ class Host:
         """Kill every process of the host at once."""
         if self._init is not None:
             self._init.kill()
-            self._init.wait()
+            self._init.communicate()
             self._init = None
 
     @property

@@ -16,7 +16,13 @@ _FOLDER = tempfile.TemporaryDirectory(prefix="minitron-launch-")
 
 def command(verb: str, runs_dir: Path, *overrides: str) -> list[str]:
     """A command line of the experiment."""
-    text = ["data=files", f"data.paths=[{_text()}]", "data.seq_length=32", "data.num_workers=1"]
+    text = [
+        "data=files",
+        f"data.paths=[{_text()}]",
+        "data.seq_length=32",
+        "data.num_workers=1",
+        "data.heldout_fraction=0.1",
+    ]
     layout = ["parallel.pipeline_model_parallel_size=2", "device=cpu", "baseline.enabled=false"]
     train = [f"distill.train.num_tokens={NUM_STEPS * TOKENS_PER_STEP}", "distill.train.eval_interval_steps=0"]
     saves = ["distill.train.save_interval_steps=20"]
@@ -26,11 +32,11 @@ def command(verb: str, runs_dir: Path, *overrides: str) -> list[str]:
 
 @functools.cache
 def _text() -> Path:
-    """What the experiment reads: the repository's own sources."""
-    sources = sorted((REPOSITORY / "minitron").rglob("*.py"))
-    file = Path(_FOLDER.name) / "text.txt"
-    file.write_text("".join(path.read_text(encoding="utf-8") for path in sources)[:300_000])
-    return file
+    """Folder of what the experiment reads: the repository's own sources, a document each."""
+    folder = Path(_FOLDER.name)
+    for number, source in enumerate(sorted((REPOSITORY / "minitron").rglob("*.py"))):
+        (folder / f"{number}.txt").write_text(source.read_text(encoding="utf-8"))
+    return folder
 
 
 def environment() -> dict[str, str]:
