@@ -79,7 +79,7 @@ class SlurmCluster:
     def __init__(self, folder: Path, num_nodes: int = 2) -> None:
         self._folder = folder
         self._nodes = [f"node{number}" for number in range(1, num_nodes + 1)]
-        self.network = Network(["head", *self._nodes], folder, prefix="mtslurm", subnet="10.83.7")
+        self.network = Network(["head", *self._nodes], folder, prefix=f"slurm{os.getpid()}", subnet="10.83.7")
         self.head = self.network.hosts["head"]
         self.env = {**os.environ, "SLURM_CONF": str(folder / "slurm.conf")}
 

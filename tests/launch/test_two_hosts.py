@@ -17,7 +17,7 @@ pytestmark = [pytest.mark.twonode, pytest.mark.timeout(600)]
 
 @pytest.fixture
 def hosts(tmp_path: Path) -> Iterator[list[Host]]:
-    network = Network(["host1", "host2"], tmp_path, prefix="mttwo", subnet="10.83.8")
+    network = Network(["host1", "host2"], tmp_path, prefix=f"two{os.getpid()}", subnet="10.83.8")
     try:
         network.up()
         yield list(network.hosts.values())
