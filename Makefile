@@ -6,7 +6,7 @@ PY := .venv/bin/python
 CODE := minitron tests
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-gpu test-docker check bench format lock clean
+.PHONY: help setup demo test test-gpu test-docker test-slurm check bench format lock clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' Makefile
@@ -25,6 +25,9 @@ test-gpu: setup ## run the tests that need a GPU (and Transformer Engine); docs/
 
 test-docker: ## build the cpu image for real and run tests in it; needs root, buildah, debootstrap (docker/test.sh)
 	@bash docker/test.sh
+
+test-slurm: setup ## as root: compress as jobs of a SLURM cluster made here (installed with apt), torchrun on two hosts
+	@$(PY) -m pytest -m "slurm or twonode" tests/launch $(ARGS)
 
 check: setup ## lint, format, types, import layers
 	@sh .ci/check.sh

@@ -63,3 +63,12 @@ class PlatformError(MinitronError):
     """The machine or an installed package cannot do what was asked for."""
 
     exit_code = 10
+
+
+class StoppedError(MinitronError):
+    """The job was asked to stop and has: what it had is saved, and the same command goes on from there.
+
+    Its exit code asks for another start (sysexits' EX_TEMPFAIL); a SLURM job that ends with it requeues itself.
+    """
+
+    exit_code = 75

@@ -12,7 +12,7 @@ from minitron.checkpoint.folder import is_checkpoint_folder, read_model_config
 from minitron.cli.exporting import export
 from minitron.cli.stages import CHECKPOINT_OF, random_ranking
 from minitron.cli.verifying import verify
-from minitron.config.compose import to_yaml
+from minitron.config.compose import load_resolved, to_yaml
 from minitron.config.distill import TeacherSource
 from minitron.config.precision import Dtype
 from minitron.config.run import SourceDtype, SourceKind
@@ -28,6 +28,7 @@ from minitron.models.random_source import write_random_model
 from minitron.models.transformer_config import TORCH_DTYPE
 from minitron.prune.run import prune, score
 from minitron.prune.scores import Scores
+from minitron.runtime.artefact import RESOLVED_FILE
 from minitron.runtime.session import Session
 from minitron.train.run import Leg, StartingPoint, train_on_text
 
@@ -243,7 +244,9 @@ def _report(session: Session, out: Path) -> Values:
         from minitron.report.write import write_report
 
         importance = _arrays(session, Scores.load(_scores_folder(session)))
-        write_report(session.run, out, importance, to_yaml(session.config))
+        # This stage's process is alone; the page shows the layout that the others had.
+        whole = load_resolved(session.run.path / RESOLVED_FILE)
+        write_report(session.run, out, importance, to_yaml(replace(session.config, parallel=whole.parallel)))
     return {}
 
 

@@ -1,6 +1,5 @@
 """Turn a verb into a job: check everything that can be checked, then start the ranks for what is not done."""
 
-import json
 from pathlib import Path
 
 from rich.console import Console
@@ -10,26 +9,26 @@ from minitron.cli.search_job import run_search
 from minitron.cli.search_stages import SEARCH
 from minitron.cli.source import source_model
 from minitron.cli.stages import lines_of, needs_cache, stages_of
+from minitron.cli.submit import refuse_while_running, submit_run
 from minitron.cli.turn import in_turn
-from minitron.cli.worker import PREFLIGHT, run_rank
+from minitron.cli.worker import PREFLIGHT, as_started, run_rank, runs_alone
 from minitron.config.compose import load_resolved, to_yaml
 from minitron.config.fp8 import check_fp8_model
 from minitron.config.intermediate import find_matches
+from minitron.config.launch import LaunchKind, nodes_of
 from minitron.config.model import ModelConfig
 from minitron.config.parallel import check_layout
 from minitron.config.run import RunConfig
 from minitron.config.teacher_layout import own_layout
 from minitron.data.sources import check_enough_text
-from minitron.errors import ConfigError, ModelError
-from minitron.pipeline import Planned, outside_hashes, plan_stages
+from minitron.errors import ConfigError, ModelError, StoppedError
+from minitron.pipeline import OutsideHashes, Planned, outside_hashes, plan_stages
 from minitron.prune.given import target_of
-from minitron.runtime.artefact import RunFolder, storage_error
+from minitron.runtime.artefact import OUTSIDE_FILE, RESOLVED_FILE, RunFolder, storage_error, write_json, write_whole
 from minitron.runtime.device import check_num_ranks, check_precision, resolve_device
 from minitron.runtime.env import DistEnv, wandb_mode
 from minitron.runtime.environment import environment
-from minitron.runtime.launch import launch_local
-
-RESOLVED_FILE = "resolved.yaml"
+from minitron.runtime.launch import launch_ranks
 
 
 def run_job(verb: str, config: RunConfig, env: DistEnv | None) -> int:
@@ -38,26 +37,29 @@ def run_job(verb: str, config: RunConfig, env: DistEnv | None) -> int:
     Args:
         verb: One of the command line's verbs.
         config: The composed configuration.
-        env: This process's rank when torchrun started it, else None.
+        env: This process's rank when torchrun or srun started it, else None.
 
     Returns:
         Exit code.
     """
     run = RunFolder(Path(config.runs_dir) / config.name)
     with in_turn(env):
+        wanted = [SEARCH] if verb == SEARCH else wanted_stages(verb, config)
         if env is not None:
-            check_num_ranks(env, config.parallel)
+            _check_started(env, config, wanted)
         check_models(config)
-        check_precision(config, resolve_device(config.device))
+        if config.launch.kind is not LaunchKind.slurm:  # the machine that submits need not have the nodes' device
+            check_precision(config, resolve_device(config.device))
+        elif verb == SEARCH:
+            raise ConfigError("minitron search is one job of several rounds; start it inside an allocation, with srun")
         if config.tracking.wandb:
             wandb_mode()
-        wanted = [] if verb == SEARCH else wanted_stages(verb, config)
         if verb == SEARCH or "data" in wanted:
             check_text(config)
     console = Console(soft_wrap=True)
     if verb == SEARCH:
         return run_search(config, run, env, console, teacher=teacher_model(config), write_resolved=_write_resolved)
-    if env is not None:  # torchrun started us: this process is one rank, and rank 0 plans
+    if env is not None:  # torchrun or srun started us: this process is one rank, and rank 0 plans
         if env.rank == 0:
             _write_resolved(run, config)
         run_rank(config, wanted, env)
@@ -68,11 +70,14 @@ def run_job(verb: str, config: RunConfig, env: DistEnv | None) -> int:
     planned = plan_stages(stages_of(config), config, run, wanted, outside)
     if all(item.done for item in planned):
         _say_done(planned, run, console)
+    elif config.launch.kind is LaunchKind.slurm:
+        if not config.launch.dry_run:
+            refuse_while_running(run)
+            _write_resolved(run, config)
+        submit_run(planned, config, run, outside)
+        return 0
     else:
-        resolved = _write_resolved(run, config)
-        console.print(f"[bold]{config.name}[/]: {config.parallel.arithmetic()} ranks, artefacts in {run.path}/")
-        arguments = [str(resolved), ",".join(wanted), json.dumps(outside)]
-        code = launch_local(arguments, num_ranks=config.parallel.num_ranks)
+        code = _run_here(config, run, wanted, outside)
         if code:
             return code
     _show_end(run, wanted, config, console)
@@ -80,11 +85,11 @@ def run_job(verb: str, config: RunConfig, env: DistEnv | None) -> int:
 
 
 def run_preflight(config: RunConfig, env: DistEnv | None) -> int:
-    """Check the machines of a run; the ranks are started for it unless torchrun has.
+    """Check the machines of a run; the ranks are started for it unless torchrun or srun has.
 
     Args:
         config: The composed configuration.
-        env: This process's rank when torchrun started it, else None.
+        env: This process's rank when torchrun or srun started it, else None.
 
     Returns:
         Exit code.
@@ -92,8 +97,41 @@ def run_preflight(config: RunConfig, env: DistEnv | None) -> int:
     if env is not None:
         run_rank(config, [PREFLIGHT], env)
         return 0
-    resolved = _write_resolved(RunFolder(Path(config.runs_dir) / config.name), config)
-    return launch_local([str(resolved), PREFLIGHT, "{}"], num_ranks=config.parallel.num_ranks)
+    return _launch(config, RunFolder(Path(config.runs_dir) / config.name), [PREFLIGHT], {})
+
+
+def _check_started(env: DistEnv, config: RunConfig, wanted: list[str]) -> None:
+    """Whether the ranks that something else started are those of the configuration."""
+    if config.launch.kind is not LaunchKind.local:
+        raise ConfigError(
+            f"launch={config.launch.kind} starts the ranks, but {env.launcher} has started this process as rank "
+            f"{env.rank} of {env.world_size}; leave launch= out, or start minitron by itself"
+        )
+    check_num_ranks(env, as_started(config, wanted, env.world_size).parallel)
+
+
+def _run_here(config: RunConfig, run: RunFolder, wanted: list[str], outside: OutsideHashes) -> int:
+    """Start the ranks on this machine and wait for them."""
+    size = "1 process" if runs_alone(config, wanted) else f"{config.parallel.arithmetic()} ranks"
+    Console(soft_wrap=True).print(f"[bold]{config.name}[/]: {size}, artefacts in {run.path}/")
+    code = _launch(config, run, wanted, outside)
+    if code:
+        return code
+    done = all(item.done for item in plan_stages(stages_of(config), config, run, wanted, outside))
+    return 0 if done else StoppedError.exit_code  # rank 0 has said where
+
+
+def _launch(config: RunConfig, run: RunFolder, wanted: list[str], outside: OutsideHashes) -> int:
+    """Start as many ranks as the stages need, and wait; gives the exit code."""
+    alone = runs_alone(config, wanted)
+    nodes, ranks_per_node = (1, 1) if alone else nodes_of(config.launch, config.cluster, config.parallel)
+    resolved = _write_resolved(run, config)
+    given = run.path / OUTSIDE_FILE
+    write_json(given, outside)
+    arguments = [str(resolved), ",".join(wanted), str(given)]
+    return launch_ranks(
+        arguments, config.launch, nodes=nodes, ranks_per_node=ranks_per_node, name=f"minitron-{config.name}"
+    )
 
 
 def wanted_stages(verb: str, config: RunConfig) -> list[str]:
@@ -245,7 +283,7 @@ def _write_resolved(run: RunFolder, config: RunConfig) -> Path:
     head = "".join(f"# {key}: {value}\n" for key, value in environment().items())
     try:
         run.path.mkdir(parents=True, exist_ok=True)
-        path.write_text(head + to_yaml(config), encoding="utf-8")
+        write_whole(path, head + to_yaml(config))
     except OSError as error:
         raise storage_error(error, path) from error
     assert load_resolved(path) == config, "a configuration must survive its own YAML"

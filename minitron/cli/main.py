@@ -7,9 +7,10 @@ from pathlib import Path
 
 import minitron
 from minitron.cli.turn import in_turn, report_error
-from minitron.errors import ConfigError, MinitronError
+from minitron.errors import ConfigError, MinitronError, StoppedError
 from minitron.log import complain
-from minitron.runtime.env import DistEnv, dist_env
+from minitron.runtime.env import DistEnv, dist_env, set_rank_environment
+from minitron.runtime.signals import hold_stop_signal
 
 VERBS: dict[str, tuple[str, str]] = {
     "compress": ("the whole line, resumable: what is done is skipped", "source, data, prune, distill"),
@@ -43,6 +44,9 @@ VERBS: dict[str, tuple[str, str]] = {
 }
 """Each verb: what it does, and the sections of the configuration it reads most."""
 
+STATUS = "status"
+_STATUS_TEXT = "what a run's folder shows: stages, jobs, steps, loss, time left"
+
 _EPILOG = """\
 Overrides are key=value, as in Hydra:
   experiment=demo                          a prepared run (conf/experiment/)
@@ -51,6 +55,7 @@ Overrides are key=value, as in Hydra:
   prune.hidden_size=3072                   the target shape; what is not named is kept
   distill.train.num_tokens=2000000000      how long to retrain
   distill.teacher.source=cached            from what teacher-logits wrote; compress runs it
+  launch=slurm cluster=dgx_h100            stages as jobs of a cluster; launch.dry_run=true prints the scripts
 --print-config shows every key with its value.
 """
 
@@ -66,6 +71,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"minitron {minitron.__version__}")
     verbs = "\n".join(f"  {name:<16}{text}" for name, (text, _sections) in VERBS.items())
+    verbs += f"\n  {STATUS:<16}{_STATUS_TEXT}"
     # The list is ours: argparse's own wraps the lines, and prints a suppressed verb all the same.
     subparsers = parser.add_subparsers(
         title="verbs", description=verbs, help=argparse.SUPPRESS, dest="verb", required=True, prog="minitron"
@@ -79,6 +85,8 @@ def build_parser() -> argparse.ArgumentParser:
         )
         sub.add_argument("overrides", nargs="*", metavar="key=value", help="overrides of the configuration")
         sub.add_argument("--print-config", action="store_true", help="print the resolved configuration and stop")
+    status = subparsers.add_parser(STATUS, description=f"minitron {STATUS}: {_STATUS_TEXT}.")
+    status.add_argument("run", metavar="runs/NAME", help="the run's folder")
     return parser
 
 
@@ -93,7 +101,10 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     unknown = [word for word in rest if word.startswith("-")]
     if unknown:
         parser.error(f"unrecognized arguments: {' '.join(unknown)}")
-    args.overrides += rest
+    if args.verb != STATUS:
+        args.overrides += rest
+    elif rest:
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
     return args
 
 
@@ -103,11 +114,24 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         Exit code: 0, or the ``exit_code`` of the error that is printed in one line.
     """
+    hold_stop_signal()
     args = parse(argv)
     env = None
     try:
+        if args.verb == STATUS:
+            from minitron.cli.status import show_status
+
+            show_status(Path(args.run))
+            return 0
         env = dist_env()
+        if env is not None and env.launcher == "slurm":
+            set_rank_environment(1)
         return _run(args.verb, args.overrides, env, print_config=args.print_config)
+    except StoppedError as stopped:
+        from minitron.cli.worker import stopped_code
+
+        report_error(stopped, env)
+        return stopped_code(env)
     except MinitronError as error:
         report_error(error, env)
         return error.exit_code

@@ -1,6 +1,5 @@
 """Start a search: check the space, then run its rounds in one job, or in several side by side."""
 
-import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -13,15 +12,16 @@ from minitron.cli.stages import stages_of
 from minitron.cli.turn import in_turn
 from minitron.cli.worker import run_rank
 from minitron.config.intermediate import find_matches
+from minitron.config.launch import nodes_of
 from minitron.config.model import ModelConfig
 from minitron.config.run import Device, RunConfig
 from minitron.errors import ConfigError, LayoutError
 from minitron.pipeline import OutsideHashes, Planned, outside_hashes
 from minitron.report.search import print_search, read_search
-from minitron.runtime.artefact import RunFolder
+from minitron.runtime.artefact import OUTSIDE_FILE, RunFolder, write_json
 from minitron.runtime.device import resolve_device
 from minitron.runtime.env import DistEnv
-from minitron.runtime.launch import launch_local, launch_side_by_side
+from minitron.runtime.launch import launch_ranks, launch_side_by_side
 from minitron.search.space import Space, require_candidates
 
 WriteResolved = Callable[[RunFolder, RunConfig], Path]
@@ -126,16 +126,27 @@ def _is_done(config: RunConfig, run: RunFolder, outside: OutsideHashes) -> bool:
     return all(all(item.done for item in planned) for planned in search_plans(config, run, outside))
 
 
-def _run_in_one(config: RunConfig, _run: RunFolder, resolved: Path, outside: OutsideHashes) -> int:
-    return launch_local([str(resolved), SEARCH, json.dumps(outside)], num_ranks=config.parallel.num_ranks)
+def _run_in_one(config: RunConfig, run: RunFolder, resolved: Path, outside: OutsideHashes) -> int:
+    arguments = [str(resolved), SEARCH, str(_write_outside(run, outside))]
+    nodes, ranks_per_node = nodes_of(config.launch, config.cluster, config.parallel)
+    return launch_ranks(
+        arguments, config.launch, nodes=nodes, ranks_per_node=ranks_per_node, name=f"minitron-{config.name}"
+    )
+
+
+def _write_outside(run: RunFolder, outside: OutsideHashes) -> Path:
+    path = run.path / OUTSIDE_FILE
+    write_json(path, outside)
+    return path
 
 
 def _run_side_by_side(config: RunConfig, run: RunFolder, resolved: Path, outside: OutsideHashes) -> int:
     """Each round's candidates dealt over several jobs, which share no device."""
+    given = _write_outside(run, outside)
     for planned in search_plans(config, run, outside):
         jobs = deal([item for item in planned if not item.done], config.search.workers)
         code = launch_side_by_side(
-            [[str(resolved), ",".join(names), json.dumps(outside)] for names in jobs],
+            [[str(resolved), ",".join(names), str(given)] for names in jobs],
             num_ranks=config.parallel.num_ranks,
             num_places=config.search.workers,
             logs=run.path / SEARCH / "logs",

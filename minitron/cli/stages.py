@@ -1,13 +1,11 @@
 """The line: every stage and what its result depends on. Light: what the stages do is in `actions`."""
 
-import functools
-import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from minitron.checkpoint.folder import fingerprint, is_checkpoint_folder
+from minitron.cli.outside import cache_outside, checkpoint_outside, model_outside, teacher_outside, text_outside
 from minitron.cli.scoring import (
     prune_needs,
     prune_outside,
@@ -21,14 +19,11 @@ from minitron.config.distill import TeacherSource
 from minitron.config.line import Ancestor
 from minitron.config.run import RunConfig, SourceKind
 from minitron.config.trainings import ABLATION, TRAININGS, in_step, settings_of
-from minitron.data.sources import source_fingerprint as text_fingerprint
-from minitron.distill.cache_format import LogitCache, read_identity
+from minitron.distill.cache_format import LogitCache
 from minitron.distill.cache_plan import lacking
-from minitron.errors import ConfigError
-from minitron.models.hf_import import source_fingerprint as model_fingerprint
 from minitron.pipeline import Stage, nothing_outside
 from minitron.prune.given import at_random
-from minitron.runtime.artefact import META_FILE, RunFolder
+from minitron.runtime.artefact import RunFolder
 
 if TYPE_CHECKING:
     from minitron.runtime.session import Session
@@ -41,7 +36,7 @@ _LOGGING_ONLY = ("log_interval_steps", "save_interval_steps", "eval_interval_ste
 _TEACHERS_PLACE = (
     "distill.teacher.parallel.",
     "distill.teacher.micro_batch_size",
-    "distill.teacher.path",  # what counts is the content, see _teacher_outside and _cache_outside
+    "distill.teacher.path",  # what counts is the content, see teacher_outside and cache_outside
     "distill.teacher.fp8_recipe",  # it counts with the dtype, see _recipe_values
     "distill.teacher.cache",
 )
@@ -136,17 +131,18 @@ def lines_of(config: RunConfig) -> list[Line]:
 def stages_of(config: RunConfig) -> list[Stage]:
     """Every stage of a run, each after those it needs; a verb runs some of them."""
     shared = [
-        Stage("import", (), _source_values, _action("import"), outside=_model_outside),
+        Stage("import", (), _source_values, _action("import"), outside=model_outside, alone=True),
         Stage(
             "data",
             ("import",),
             lambda c: _section(c, "data", drop=("num_workers",)),
             _action("data"),
-            outside=_text_outside,
+            outside=text_outside,
+            alone=True,
         ),
         _eval_stage("teacher"),
         *(_training_stages("correct", config) if config.correction.enabled else []),
-        Stage("eval_checkpoint", ("data",), _eval_values, _action("eval_checkpoint"), outside=_checkpoint_outside),
+        Stage("eval_checkpoint", ("data",), _eval_values, _action("eval_checkpoint"), outside=checkpoint_outside),
     ]
     whole = Line(config)
     stages = [whole.stage(stage) for stage in shared]
@@ -176,7 +172,14 @@ def line_stages(config: RunConfig) -> list[Stage]:
             if scores
             else []
         ),
-        Stage("prune", prune_needs(config), prune_values, _action("prune"), outside=prune_outside),
+        Stage(
+            "prune",
+            prune_needs(config),
+            prune_values,
+            _action("prune"),
+            outside=prune_outside,
+            alone=_prunes_alone(config),
+        ),
         Stage("verify", ("source", "prune", "data"), verify_values, _action("verify")),
         _eval_stage("pruned"),
     ]
@@ -189,18 +192,19 @@ def line_stages(config: RunConfig) -> list[Stage]:
             (*_teachers_stage(config), "import", "data"),
             _teacher_logits_values,
             _action("teacher_logits"),
-            outside=_teacher_outside,
+            outside=teacher_outside,
             resumable=True,
             lacks=_lacking_logits,
         ),
         *_training_stages("distill", config),
         *(_training_stages("baseline", config) if config.baseline.enabled else []),
-        Stage("export", ("distill", "data"), lambda c: _section(c, "export"), _action("export")),
+        Stage("export", ("distill", "data"), lambda c: _section(c, "export"), _action("export"), alone=True),
         Stage(
             "report",
             (*scores, "prune", *evaluations, *(["eval_baseline"] if config.baseline.enabled else []), "export"),
             lambda c: {},
             _action("report"),
+            alone=True,
         ),
     ]
 
@@ -216,6 +220,7 @@ def _ablation_stages(config: RunConfig) -> list[Stage]:
             prune_needs(random_ranking(config)),
             lambda c: prune_values(random_ranking(c)),
             _action("prune_random"),
+            alone=_prunes_alone(config),
         ),
         *(stage for name in others for stage in _training_stages(name, config)),
         Stage(
@@ -223,8 +228,14 @@ def _ablation_stages(config: RunConfig) -> list[Stage]:
             ("eval_teacher", "eval_pruned", *(f"eval_{_evaluated(name)}" for name in ABLATION)),
             lambda c: _section(c, "ablation"),
             _action("ablation"),
+            alone=True,
         ),
     ]
+
+
+def _prunes_alone(config: RunConfig) -> bool:
+    """Slicing is one process's work; all ranks share that of fitting."""
+    return not config.prune.reconstruct.enabled
 
 
 def random_ranking(config: RunConfig) -> RunConfig:
@@ -238,7 +249,7 @@ def needs_cache(config: RunConfig) -> bool:
 
 
 def _teachers_stage(config: RunConfig) -> tuple[str, ...]:
-    """The stage that leaves the teacher, where `_teacher_outside` has none: ``teacher`` names it in both."""
+    """The stage that leaves the teacher, where `teacher_outside` has none: ``teacher`` names it in both."""
     return () if config.distill.teacher.path else ("teacher",)
 
 
@@ -253,7 +264,7 @@ def _training_stages(name: str, config: RunConfig) -> list[Stage]:
     outside: Callable[[RunConfig], dict[str, str]] = nothing_outside
     mentions: tuple[str, ...] = ()
     if training.distills:
-        outside = _teacher_outside
+        outside = teacher_outside
         if config.distill.teacher.source is TeacherSource.online:
             needs = [*_teachers_stage(config), *needs]
         else:  # it can be learnt from a cache when the teacher itself is gone
@@ -261,7 +272,7 @@ def _training_stages(name: str, config: RunConfig) -> list[Stage]:
             if needs_cache(config):
                 needs.insert(0, "teacher_logits")
             else:
-                outside = _cache_outside
+                outside = cache_outside
     stage = Stage(name, tuple(needs), values, _action(name), outside=outside, resumable=True, mentions=mentions)
     return [stage, _eval_stage(_evaluated(name))]
 
@@ -301,7 +312,7 @@ def _source_values(config: RunConfig) -> Values:
     values = {"source.dtype": config.source.dtype.value}
     if config.source.kind is SourceKind.random:
         return values | flat_values(config.source.random, "source.random")
-    return values  # what counts besides is the content, see _model_outside
+    return values  # what counts besides is the content, see model_outside
 
 
 def _training_values(config: RunConfig, training: str) -> Values:
@@ -337,61 +348,3 @@ def _lacking_logits(config: RunConfig, run: RunFolder) -> str | None:
 def _eval_values(config: RunConfig) -> Values:
     settings = _section(config, "eval", drop=("micro_batch_size", "checkpoint"))
     return settings | {"precision.dtype": config.precision.dtype.value} | _section(config, "report")
-
-
-def _model_outside(config: RunConfig) -> dict[str, str]:
-    if config.source.kind is SourceKind.random or config.source.path is None:
-        return {}
-    return {"model": model_fingerprint(Path(config.source.path))}
-
-
-def _checkpoint_outside(config: RunConfig) -> dict[str, str]:
-    """Content of ``eval.checkpoint``: a Hugging Face folder, or a checkpoint folder of ours."""
-    return _folder_outside("checkpoint", config.eval.checkpoint)
-
-
-def _teacher_outside(config: RunConfig) -> dict[str, str]:
-    """Content of ``distill.teacher.path``, a checkpoint folder of ours."""
-    return _folder_outside("teacher", config.distill.teacher.path)
-
-
-def _folder_outside(name: str, given: str | None) -> dict[str, str]:
-    if given is None:
-        return {}
-    return {name: _model_identity(Path(given).resolve())}
-
-
-@functools.cache
-def _model_identity(folder: Path) -> str:
-    """Identity of a model outside the run, found once a process: several stages ask, and a large one takes minutes.
-
-    A finished stage of a run has the identity that the run's own plan has for it.
-    """
-    if not is_checkpoint_folder(folder):
-        return model_fingerprint(folder)
-    meta = RunFolder(folder.parent).meta(folder.name) if (folder / META_FILE).exists() else None
-    return fingerprint(folder) if meta is None else str(meta["digest"])
-
-
-def _cache_outside(config: RunConfig) -> dict[str, str]:
-    """What the cache of another run, ``distill.teacher.cache``, belongs to, and the teacher it should be of.
-
-    Raises:
-        ConfigError: ``distill.teacher.dtype`` or ``fp8_recipe`` is not that of the cache.
-    """
-    taught = config.distill.teacher
-    assert taught.cache is not None
-    identity = read_identity(Path(taught.cache))
-    asked = taught.precision(config.precision).label
-    if (taught.dtype is not None or taught.fp8_recipe is not None) and asked != identity.dtype:
-        raise ConfigError(
-            f"distill.teacher.dtype and fp8_recipe say {asked}, but the teacher ran in {identity.dtype} when "
-            f"distill.teacher.cache={taught.cache} was written; set them to null, or make a cache with "
-            "`minitron teacher-logits`"
-        )
-    cache = {"teacher_logits": hashlib.sha256(repr(identity).encode()).hexdigest()}
-    return cache | _teacher_outside(config)
-
-
-def _text_outside(config: RunConfig) -> dict[str, str]:
-    return {"text": text_fingerprint(config.data)}

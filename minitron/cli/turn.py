@@ -4,7 +4,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from minitron.errors import MinitronError
+from minitron.errors import MinitronError, StoppedError
 from minitron.log import complain
 from minitron.runtime.env import DistEnv
 
@@ -27,6 +27,8 @@ def in_turn(env: DistEnv | None) -> Iterator[None]:
     """
     try:
         yield
+    except StoppedError:  # all ranks stop at once, and none in error
+        raise
     except Exception as error:
         if env is not None and env.world_size > 1:
             if env.rank != 0:
@@ -37,6 +39,10 @@ def in_turn(env: DistEnv | None) -> Iterator[None]:
 
 
 def report_error(error: MinitronError, env: DistEnv | None) -> None:
-    """Print a user's error in one line."""
+    """Print a user's error in one line; that the job was stopped, rank 0 says for all."""
+    if isinstance(error, StoppedError):
+        if env is None or env.rank == 0:
+            complain(str(error))
+        return
     where = f" (rank {env.rank})" if env is not None and env.rank else ""
     complain(f"error{where}: {error}")

@@ -5,6 +5,7 @@ from enum import StrEnum
 
 from minitron.config.data import DataConfig
 from minitron.config.distill import DistillConfig
+from minitron.config.launch import ClusterConfig, LaunchConfig
 from minitron.config.line import AblationConfig, ChainStepConfig, CorrectionConfig
 from minitron.config.model import Architecture, ModelConfig
 from minitron.config.parallel import ParallelConfig
@@ -172,6 +173,8 @@ class RunConfig:
     scale: ScaleConfig = field(default_factory=ScaleConfig)
     plan: PlanConfig = field(default_factory=PlanConfig)
     preflight: PreflightConfig = field(default_factory=PreflightConfig)
+    launch: LaunchConfig = field(default_factory=LaunchConfig)
+    cluster: ClusterConfig = field(default_factory=ClusterConfig)
 
     def __post_init__(self) -> None:
         """Check what concerns no other section."""

@@ -4,6 +4,7 @@ from hydra.core.config_store import ConfigStore
 
 from minitron.config.data import DataConfig
 from minitron.config.distill import DistillConfig
+from minitron.config.launch import ClusterConfig, LaunchConfig
 from minitron.config.line import AblationConfig, CorrectionConfig
 from minitron.config.parallel import ParallelConfig
 from minitron.config.plan import PlanConfig
@@ -44,6 +45,8 @@ GROUPS: dict[str, type] = {
     "scale": ScaleConfig,
     "plan": PlanConfig,
     "preflight": PreflightConfig,
+    "launch": LaunchConfig,
+    "cluster": ClusterConfig,
 }
 """Group folders in ``conf/`` whose files start from a schema of the same name."""
 

@@ -5,6 +5,7 @@ from dataclasses import replace
 from minitron.config.depth import check_depth
 from minitron.config.distill import TeacherSource
 from minitron.config.fp8 import check_fp8_tokens
+from minitron.config.launch import nodes_of
 from minitron.config.line import Ancestor, check_chain
 from minitron.config.parallel import ParallelConfig
 from minitron.config.run import RunConfig, SourceKind
@@ -23,6 +24,7 @@ def validate(run: RunConfig) -> None:
     """
     _check_source(run)
     _check_ranges(run)
+    nodes_of(run.launch, run.cluster, run.parallel)
     seq_length = run.data.seq_length
     check_train(run.distill.train, run.parallel, seq_length=seq_length, who="distill.train")
     if run.correction.enabled:

@@ -15,9 +15,10 @@ import torch
 from torch.distributed.checkpoint.api import CheckpointException
 
 from minitron.config.run import RunConfig
-from minitron.errors import ArtefactError, MinitronError
+from minitron.errors import ArtefactError, MinitronError, StoppedError
 from minitron.runtime.artefact import RunFolder, StageIdentity, storage_error
 from minitron.runtime.environment import environment
+from minitron.runtime.signals import any_rank_was_asked
 
 if TYPE_CHECKING:  # a session brings Megatron-Core with it, which planning does not need
     from minitron.runtime.session import Session
@@ -52,6 +53,7 @@ class Stage:
         mentions: Stages whose identities it is told, though it does not read them: they need not be there.
         lacks: What a finished artefact of the right identity still lacks for this configuration, in words; running
             the stage again adds it.
+        alone: One process on the CPU does it: it reads, writes and slices files. With more, most would wait.
     """
 
     name: str
@@ -62,6 +64,7 @@ class Stage:
     resumable: bool = False
     mentions: tuple[str, ...] = ()
     lacks: Callable[[RunConfig, RunFolder], str | None] = field(default=_lacks_nothing)
+    alone: bool = False
 
 
 @dataclass(frozen=True)
@@ -163,6 +166,8 @@ def run_stages(planned: Sequence[Planned], session: "Session") -> None:
             continue
         if item.changed:
             session.say(f"{label}: running again, {'; '.join(item.changed[:4])}; the old result is in superseded/")
+        if any_rank_was_asked():
+            raise StoppedError(f"stopped before {item.stage.name}; the same command goes on from there")
         started = time.monotonic()
         session.say(f"{label} ...")
         summary = _run_stage(item, session)

@@ -11,6 +11,7 @@ import hashlib
 import json
 import os
 import shutil
+import socket
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -19,6 +20,12 @@ from typing import Any
 
 from minitron.config.run import OnChange
 from minitron.errors import ArtefactError
+
+RESOLVED_FILE = "resolved.yaml"
+"""The configuration that every rank loads, in the run's folder."""
+
+OUTSIDE_FILE = "outside.json"
+"""Hashes of what the stages read outside the run's folder, made once by the process that starts the ranks."""
 
 META_FILE = "meta.json"
 
@@ -187,11 +194,15 @@ class RunFolder:
 
 
 def write_json(path: Path, content: Any) -> None:
-    """Write JSON through a temporary name, so that the file is whole or absent."""
-    temporary = path.with_name(f".{path.name}.tmp")
+    """Write JSON by `write_whole`."""
+    write_whole(path, json.dumps(content, indent=1, sort_keys=False) + "\n")
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a file through a temporary name, so that it is whole or absent, also when several hosts write it."""
+    temporary = path.with_name(f".{path.name}.{socket.gethostname()}-{os.getpid()}.tmp")
     with temporary.open("w", encoding="utf-8") as file:
-        json.dump(content, file, indent=1, sort_keys=False)
-        file.write("\n")
+        file.write(text)
         file.flush()
         os.fsync(file.fileno())
     temporary.replace(path)

@@ -118,6 +118,7 @@ def process_group(env: DistEnv, device: Device, *, timeout: datetime.timedelta =
         _set_cuda_device(env)
     torch.distributed.init_process_group(
         backend="gloo" if device is Device.cpu else "cpu:gloo,cuda:nccl",
+        init_method=env.init_method,
         rank=env.rank,
         world_size=env.world_size,
         timeout=timeout,

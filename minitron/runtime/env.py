@@ -1,6 +1,7 @@
 """Every environment variable that minitron reads or sets, with its reason. No other file touches os.environ."""
 
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
@@ -10,32 +11,138 @@ from minitron.errors import PlatformError
 
 @dataclass(frozen=True)
 class DistEnv:
-    """This process's place among the ranks, as torchrun states it."""
+    """This process's place among the ranks, as its launcher states it.
+
+    Attributes:
+        rank, world_size, local_rank: Place among all ranks, their number, and place on this host.
+        master_addr, master_port: Where rank 0 listens.
+        launcher: Who started the ranks.
+    """
 
     rank: int
     world_size: int
     local_rank: int
+    master_addr: str = "localhost"
+    master_port: int = 29500
+    launcher: Literal["torchrun", "slurm"] = "torchrun"
+
+    @property
+    def init_method(self) -> str:
+        """Where the ranks meet, in the form that torch takes."""
+        host = f"[{self.master_addr}]" if ":" in self.master_addr else self.master_addr
+        return f"tcp://{host}:{self.master_port}"
+
+
+_TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+_SRUN = ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID", "SLURM_STEP_NODELIST", "SLURM_JOB_ID")
 
 
 def dist_env(environ: Mapping[str, str] | None = None) -> DistEnv | None:
-    """Read RANK, WORLD_SIZE and LOCAL_RANK; None when the process was not started by a launcher.
+    """Find out which rank this process is from what torchrun, or srun with one task per rank, has set.
+
+    torchrun inside an srun step of one task per node is torchrun's; a step of a single task is an interactive shell
+    rather than a rank, unless `slurm_env` is asked. A batch script's own process is no rank: it is in no step.
+
+    Returns:
+        None when the process was not started as a rank.
 
     Raises:
-        PlatformError: Only some of the three are set, or one is not a number.
+        PlatformError: Variables are missing or no numbers, or torchrun's and SLURM's contradict each other.
     """
     environ = os.environ if environ is None else environ
-    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
-    found = {name: environ[name] for name in names if name in environ}
-    if not found:
-        return None
-    missing = [name for name in names if name not in found]
+    by_torchrun, by_slurm = _torchrun_env(environ), slurm_env(environ)
+    if by_slurm is None or by_slurm.world_size == 1:
+        return by_torchrun
+    if by_torchrun is None:
+        return by_slurm
+    if "TORCHELASTIC_RUN_ID" in environ:
+        tasks, nodes = by_slurm.world_size, environ.get("SLURM_STEP_NUM_NODES", "1")
+        if str(tasks) != nodes:
+            raise PlatformError(
+                f"torchrun was started by each of {tasks} SLURM tasks on {nodes} nodes; start it once per node "
+                "(srun --ntasks-per-node=1), or start minitron itself with one task per rank"
+            )
+        return by_torchrun
+    mine = (by_torchrun.rank, by_torchrun.world_size, by_torchrun.local_rank)
+    if mine != (by_slurm.rank, by_slurm.world_size, by_slurm.local_rank):
+        raise PlatformError(
+            f"RANK, WORLD_SIZE, LOCAL_RANK = {mine} but SLURM_PROCID, SLURM_STEP_NUM_TASKS, SLURM_LOCALID = "
+            f"{(by_slurm.rank, by_slurm.world_size, by_slurm.local_rank)}; unset the former, or start with torchrun"
+        )
+    return by_slurm  # some containers repeat SLURM's numbers under torchrun's names
+
+
+def _torchrun_env(environ: Mapping[str, str]) -> DistEnv | None:
+    found = {name: environ[name] for name in _TORCHRUN if name in environ}
+    if not found.keys() & {"RANK", "WORLD_SIZE", "LOCAL_RANK"}:
+        return None  # an address alone is often set for all processes of a machine
+    missing = [name for name in _TORCHRUN if name not in found]
     if missing:
         raise PlatformError(f"{', '.join(found)} set but {', '.join(missing)} not; start with torchrun, or unset them")
+    rank, world_size, local_rank, port = _numbers(found, ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT"))
+    return DistEnv(rank, world_size, local_rank, found["MASTER_ADDR"], port, "torchrun")
+
+
+def slurm_env(environ: Mapping[str, str] | None = None) -> DistEnv | None:
+    """This process's place in its srun step, also where that has one task only; None outside of a step.
+
+    Raises:
+        PlatformError: Variables are missing, or no numbers.
+    """
+    environ = os.environ if environ is None else environ
+    if "SLURM_STEP_NUM_TASKS" not in environ:
+        return None
+    missing = [name for name in _SRUN if name not in environ]
+    if missing:
+        raise PlatformError(f"SLURM_STEP_NUM_TASKS set but {', '.join(missing)} not; start with srun, or unset it")
+    names = ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID", "SLURM_JOB_ID")
+    rank, world_size, local_rank, job_id = _numbers(environ, names)
+    master = first_host(environ["SLURM_STEP_NODELIST"])
+    # Jobs that share a node need ports of their own: at one port a rank may join the other job.
+    return DistEnv(rank, world_size, local_rank, master, 20000 + job_id % 10000, "slurm")
+
+
+def _numbers(environ: Mapping[str, str], names: tuple[str, ...]) -> list[int]:
     try:
-        rank, world_size, local_rank = (int(found[name]) for name in names)
+        return [int(environ[name]) for name in names]
     except ValueError as error:
-        raise PlatformError(f"RANK, WORLD_SIZE and LOCAL_RANK must be numbers, got {found}") from error
-    return DistEnv(rank=rank, world_size=world_size, local_rank=local_rank)
+        shown = ", ".join(f"{name}={environ[name]}" for name in names)
+        raise PlatformError(f"these must be numbers: {shown}") from error
+
+
+def first_host(nodelist: str) -> str:
+    """The first host of a SLURM node list.
+
+    >>> first_host("dgx[07-08,12],login1"), first_host("a,b"), first_host("r[1-2]n[03-04]")
+    ('dgx07', 'a', 'r1n03')
+    """
+    first = re.match(r"(?:[^,\[]|\[[^\]]*\])+", nodelist)
+    if first is None:
+        raise PlatformError(f"SLURM_STEP_NODELIST={nodelist!r} names no host; start with srun")
+    return re.sub(r"\[([^\],-]+)[^\]]*\]", r"\1", first.group())
+
+
+@dataclass(frozen=True)
+class SlurmJob:
+    """The SLURM job that this process is part of.
+
+    Attributes:
+        job_id: Number of the job.
+        num_restarts: Times it was requeued.
+    """
+
+    job_id: int
+    num_restarts: int
+
+
+def slurm_job(environ: Mapping[str, str] | None = None) -> SlurmJob | None:
+    """The job this process is part of, None outside of one."""
+    environ = os.environ if environ is None else environ
+    if "SLURM_JOB_ID" not in environ:
+        return None
+    given = {"SLURM_RESTART_COUNT": "0", **environ}  # it is not set the first time
+    job_id, num_restarts = _numbers(given, ("SLURM_JOB_ID", "SLURM_RESTART_COUNT"))
+    return SlurmJob(job_id, num_restarts)
 
 
 def wandb_mode() -> Literal["online", "offline", "disabled", "shared"]:
@@ -64,11 +171,12 @@ def _has_wandb_key() -> bool:
         return False
 
 
-def set_rank_environment(num_ranks: int) -> None:
+def set_rank_environment(num_ranks: int, *, num_hosts: int = 1) -> None:
     """Set what the ranks started from here inherit; values set by the user win.
 
     Args:
         num_ranks: Ranks that share this machine's cores.
+        num_hosts: Machines with ranks of the job.
     """
     defaults = {
         "OMP_NUM_THREADS": str(max(1, num_cores() // num_ranks)),  # the launcher's own default is 1
@@ -78,6 +186,9 @@ def set_rank_environment(num_ranks: int) -> None:
         "PYTHONFAULTHANDLER": "1",  # a stack for a rank that dies in native code
         "TORCH_CPP_LOG_LEVEL": "ERROR",  # no c10d notes between the progress lines
     }
+    if num_hosts > 1:
+        # Without it a host that was lost and comes back is not told where rank 0 listens, and all end (torch 2.13).
+        defaults["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
     for name, value in defaults.items():
         os.environ.setdefault(name, value)
 

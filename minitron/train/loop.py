@@ -10,6 +10,7 @@ from torch import Tensor
 
 from minitron.config.train import TrainConfig
 from minitron.data.loader import TrainBatches
+from minitron.errors import StoppedError
 from minitron.parallel.groups import Groups
 from minitron.runtime.progress import StageProgress
 from minitron.runtime.tracking import MetricsWriter
@@ -38,6 +39,7 @@ class TrainJob:
         groups: This rank's process groups.
         device: Where batches go.
         earlier: Where an earlier part of the run left its last checkpoint, to go on from; None starts afresh.
+        stop_agreed: Asked by all ranks at the end of every step but the last: whether to stop (see `stop_agreement`).
     """
 
     trainable: Trainable
@@ -53,6 +55,7 @@ class TrainJob:
     groups: Groups
     device: torch.device
     earlier: Path | None = None
+    stop_agreed: Callable[[], bool] = lambda: False
 
 
 def train(job: TrainJob) -> dict[str, float]:
@@ -65,6 +68,7 @@ def train(job: TrainJob) -> dict[str, float]:
 
     Raises:
         NumericsError: A gradient was not finite; nothing was saved since.
+        StoppedError: The ranks agreed to stop; the state is saved.
     """
     settings, num_steps = job.train, job.batches.num_steps
     step = load_state(job.trainable, job.states)
@@ -87,7 +91,8 @@ def train(job: TrainJob) -> dict[str, float]:
         step += 1
         last = step == num_steps
         validates = last or _every(settings.eval_interval_steps, step)
-        saves = not last and _every(settings.save_interval_steps, step)
+        stops = not last and job.stop_agreed()
+        saves = stops or (not last and _every(settings.save_interval_steps, step))
         logs = last or validates or _every(settings.log_interval_steps, step)
         if logs or saves:
             job.trainable.guard.check()
@@ -106,6 +111,9 @@ def train(job: TrainJob) -> dict[str, float]:
             saving = time.monotonic()
             save_state(job.trainable, job.states, step=step)
             clock += time.monotonic() - saving
+        if stops:
+            metrics.close()
+            raise StoppedError(f"stopped after step {step} of {num_steps}, saved; the same command goes on from there")
     metrics.close()
     tokens = step * settings.tokens_per_step(job.seq_length)
     return {"steps": step, "tokens": tokens, "heldout_loss": heldout.loss, "heldout_tokens": heldout.num_tokens}

@@ -16,6 +16,7 @@ from minitron.models.gpt import Chunks, build_gpt
 from minitron.models.load import load_gpt
 from minitron.parallel.groups import seed_weights
 from minitron.runtime.session import Session
+from minitron.runtime.signals import stop_agreement
 from minitron.runtime.tracking import MetricsWriter
 from minitron.train.heldout import HeldoutLoss, heldout_loss
 from minitron.train.loop import TrainJob, train
@@ -87,7 +88,7 @@ def train_to_folder(
         seed=config.seed,
         num_steps=leg.num_steps,
     )
-    with session.progress(stage) as progress:
+    with session.progress(stage) as progress, stop_agreement() as stop_agreed:
         summary = train(
             TrainJob(
                 trainable=trainable,
@@ -103,6 +104,7 @@ def train_to_folder(
                 progress=progress,
                 groups=groups,
                 device=session.torch_device,
+                stop_agreed=stop_agreed,
             )
         )
     if leg.num_steps < whole:

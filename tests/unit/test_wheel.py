@@ -26,6 +26,7 @@ def test_wheel_holds_every_config_and_module(wheel: zipfile.ZipFile) -> None:
     modules = list((ROOT / "minitron").rglob("*.py"))
     expected = {f"minitron/{p.relative_to(ROOT)}" for p in conf}
     expected |= {str(p.relative_to(ROOT)) for p in modules}
+    expected |= {f"minitron/{p.relative_to(ROOT)}" for p in (ROOT / "launch" / "slurm").iterdir()}
     assert expected <= set(wheel.namelist())
 
 

@@ -24,13 +24,13 @@ Fails = Callable[..., str]
 
 @pytest.fixture(autouse=True)
 def _no_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "SLURM_STEP_NUM_TASKS"):
         monkeypatch.delenv(name, raising=False)
 
     def refuse(*_args: object, **_kwargs: object) -> int:
         raise AssertionError("ranks were started")
 
-    monkeypatch.setattr("minitron.cli.job.launch_local", refuse)
+    monkeypatch.setattr("minitron.cli.job.launch_ranks", refuse)
 
 
 @pytest.fixture
@@ -313,10 +313,14 @@ def test_too_little_text(fails: Fails, tmp_path: Path) -> None:
 
 
 def test_more_processes_than_ranks(fails: Fails, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, value in {"RANK": "0", "WORLD_SIZE": "4", "LOCAL_RANK": "0"}.items():
+    master = {"MASTER_ADDR": "localhost", "MASTER_PORT": "29500"}
+    for name, value in {"RANK": "0", "WORLD_SIZE": "4", "LOCAL_RANK": "0", **master}.items():
         monkeypatch.setenv(name, value)
     message = fails(3, "source.kind=random", "parallel.pipeline_model_parallel_size=2")
     assert "4 processes were started, but the layout needs tensor 1 x pipeline 2 x data 1 = 2" in message
+    for launch in ("slurm", "torchrun"):
+        message = fails(3, "source.kind=random", f"launch={launch}")
+        assert f"launch={launch} starts the ranks, but torchrun has started this process as rank 0 of 4" in message
     monkeypatch.delenv("LOCAL_RANK")
     assert "RANK, WORLD_SIZE set but LOCAL_RANK not" in fails(10, "source.kind=random")
 

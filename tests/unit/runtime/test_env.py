@@ -7,28 +7,131 @@ from minitron.config.parallel import ParallelConfig
 from minitron.config.run import Device
 from minitron.errors import LayoutError, PlatformError
 from minitron.runtime.device import check_num_ranks, resolve_device
-from minitron.runtime.env import DistEnv, dist_env, num_cores
+from minitron.runtime.env import DistEnv, SlurmJob, dist_env, first_host, num_cores, slurm_env, slurm_job
+
+# As recorded: the variables that concern ranks, of SLURM 22.05 (two nodes, two tasks each) and torchrun of torch 2.13.
+BATCH_SCRIPT = {
+    "SLURM_JOB_ID": "123456",
+    "SLURM_JOB_NODELIST": "node[1-2]",
+    "SLURM_LOCALID": "0",
+    "SLURM_NODEID": "0",
+    "SLURM_NTASKS": "4",
+    "SLURM_NTASKS_PER_NODE": "2",
+    "SLURM_PROCID": "0",
+}
+TASK_3 = {
+    **BATCH_SCRIPT,
+    "SLURM_LOCALID": "1",
+    "SLURM_NODEID": "1",
+    "SLURM_PROCID": "3",
+    "SLURM_STEPID": "0",
+    "SLURM_STEP_ID": "0",
+    "SLURM_STEP_NODELIST": "node[1-2]",
+    "SLURM_STEP_NUM_NODES": "2",
+    "SLURM_STEP_NUM_TASKS": "4",
+    "SLURM_STEP_TASKS_PER_NODE": "2(x2)",
+}
+ONE_TASK = {
+    **BATCH_SCRIPT,
+    "SLURM_NTASKS": "1",
+    "SLURM_STEP_NODELIST": "node1",
+    "SLURM_STEP_NUM_NODES": "1",
+    "SLURM_STEP_NUM_TASKS": "1",
+}
+ONE_AGENT_PER_NODE = {**TASK_3, "SLURM_LOCALID": "0", "SLURM_PROCID": "1", "SLURM_STEP_NUM_TASKS": "2"}
+TORCHRUN = {
+    "GROUP_RANK": "1",
+    "LOCAL_RANK": "1",
+    "LOCAL_WORLD_SIZE": "8",
+    "MASTER_ADDR": "10.0.0.1",
+    "MASTER_PORT": "29500",
+    "RANK": "9",
+    "TORCHELASTIC_RUN_ID": "run",
+    "WORLD_SIZE": "16",
+}
+TORCHRUN_RANK = DistEnv(9, 16, 1, "10.0.0.1", 29500, "torchrun")
+SLURM_RANK = DistEnv(3, 4, 1, "node1", 23456, "slurm")
+# What a container may add to every task of SLURM's, without any torchrun.
+REPEATED = {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "MASTER_ADDR": "node1", "MASTER_PORT": "1"}
 
 
-def test_dist_env() -> None:
-    assert dist_env({}) is None
-    assert dist_env({"HOME": "/root"}) is None
-    assert dist_env({"RANK": "3", "WORLD_SIZE": "8", "LOCAL_RANK": "1"}) == DistEnv(3, 8, 1)
+@pytest.mark.parametrize(
+    ("environ", "expected"),
+    [
+        ({}, None),
+        ({"HOME": "/root", "MASTER_ADDR": "10.0.0.1"}, None),
+        (TORCHRUN, TORCHRUN_RANK),
+        (BATCH_SCRIPT, None),
+        (TASK_3, SLURM_RANK),
+        ({**TASK_3, **REPEATED}, SLURM_RANK),
+        (ONE_TASK, None),
+        ({**ONE_TASK, **TORCHRUN}, TORCHRUN_RANK),
+        ({**BATCH_SCRIPT, **TORCHRUN}, TORCHRUN_RANK),
+        ({**ONE_AGENT_PER_NODE, **TORCHRUN}, TORCHRUN_RANK),
+    ],
+    ids=["none", "address", "torchrun", "batch", "srun", "repeated", "shell", "in-shell", "in-batch", "in-srun"],
+)
+def test_dist_env(environ: dict[str, str], expected: DistEnv | None) -> None:
+    assert dist_env(environ) == expected
+
+
+def test_a_single_task_is_a_rank_for_a_worker() -> None:
+    assert slurm_env(ONE_TASK) == DistEnv(0, 1, 0, "node1", 23456, "slurm")
+    assert slurm_env(BATCH_SCRIPT) is None
 
 
 @pytest.mark.parametrize(
     ("environ", "message"),
     [
-        ({"RANK": "0"}, "RANK set but WORLD_SIZE, LOCAL_RANK not; start with torchrun, or unset them"),
-        ({"RANK": "0", "WORLD_SIZE": "2"}, "RANK, WORLD_SIZE set but LOCAL_RANK not; start with torchrun, or unset"),
-        ({"LOCAL_RANK": "0"}, "LOCAL_RANK set but RANK, WORLD_SIZE not"),
-        ({"RANK": "0", "WORLD_SIZE": "two", "LOCAL_RANK": "0"}, "must be numbers, got {'RANK': '0', 'WORLD_SIZE'"),
+        ({"RANK": "0"}, "RANK set but WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT not; start with torchrun, or"),
+        ({"LOCAL_RANK": "0"}, "LOCAL_RANK set but RANK, WORLD_SIZE"),
+        ({**TORCHRUN, "WORLD_SIZE": "two"}, "these must be numbers: RANK=9, WORLD_SIZE=two, LOCAL_RANK=1"),
+        ({**TASK_3, "SLURM_PROCID": ""}, "these must be numbers: SLURM_PROCID=, SLURM_STEP_NUM_TASKS=4"),
+        (
+            {"SLURM_STEP_NUM_TASKS": "2"},
+            "SLURM_STEP_NUM_TASKS set but SLURM_PROCID, SLURM_LOCALID, SLURM_STEP",
+        ),
+        (
+            {**TASK_3, **TORCHRUN},
+            "torchrun was started by each of 4 SLURM tasks on 2 nodes; start it once per node (srun --ntasks",
+        ),
+        (
+            {**TASK_3, **REPEATED, "RANK": "0"},
+            "RANK, WORLD_SIZE, LOCAL_RANK = (0, 4, 1) but SLURM_PROCID, SLURM_STEP_NUM_TASKS, SLURM_LOCALID = (3, 4,",
+        ),
     ],
 )
-def test_dist_env_refuses_a_partial_set(environ: dict[str, str], message: str) -> None:
+def test_contradictions_are_refused(environ: dict[str, str], message: str) -> None:
     with pytest.raises(PlatformError) as caught:
         dist_env(environ)
     assert message in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("nodelist", "first"),
+    [
+        ("node1", "node1"),
+        ("a,b", "a"),
+        ("node[1-2]", "node1"),
+        ("dgx[07-08,12],login1", "dgx07"),
+        ("dgx[12,07]", "dgx12"),
+        ("r[1-2]n[03-04]", "r1n03"),
+        ("gpu-[0001-0100].site.org", "gpu-0001.site.org"),
+    ],
+)
+def test_first_host(nodelist: str, first: str) -> None:
+    assert first_host(nodelist) == first
+
+
+def test_slurm_job() -> None:
+    assert slurm_job({}) is None
+    assert slurm_job(BATCH_SCRIPT) == SlurmJob(123456, 0)
+    assert slurm_job({**TASK_3, "SLURM_RESTART_COUNT": "2"}) == SlurmJob(123456, 2)
+
+
+def test_where_the_ranks_meet() -> None:
+    assert SLURM_RANK.init_method == "tcp://node1:23456"
+    assert DistEnv(0, 1, 0, "fd00::1", 5).init_method == "tcp://[fd00::1]:5"
 
 
 def test_num_ranks_must_be_the_product() -> None:

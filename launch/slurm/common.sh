@@ -1,0 +1,37 @@
+# shellcheck shell=bash
+# What every job script of minitron calls, in this order: say_where, run_ranks, go_on_or_end. Bash; sourced.
+# The script sets RUN_JOBS, the folder <run>/jobs, and may set SRUN_OPTIONS (an array).
+#
+# Exit codes of a job: 0 done; 75 stopped on request with everything saved, and requeued; anything else is an error
+# whose line is in the log, and is not requeued. A job that waits for a failed one is cancelled by SLURM.
+set -uo pipefail
+
+status=0
+
+say_where() {
+    printf -- '-- job %s on %s, attempt %d, %s\n' "$SLURM_JOB_ID" "$SLURM_JOB_NODELIST" \
+        $((${SLURM_RESTART_COUNT:-0} + 1)) "$(date '+%F %T')"
+    rm -f -- "$RUN_JOBS/$SLURM_JOB_ID.stopped"
+}
+
+# One task is one rank: signals reach Python, and no second launcher is in between. A rank that fails ends the others.
+# Until Python holds the signal back, a few milliseconds after its start, it must not be fatal; a program that is
+# started inherits what the shell ignores.
+run_ranks() {
+    export OMP_NUM_THREADS="${OMP_NUM_THREADS:-${SLURM_CPUS_PER_TASK:-1}}"
+    export SRUN_CPUS_PER_TASK="${SLURM_CPUS_PER_TASK:-1}" # srun itself no longer takes it from the job
+    # shellcheck disable=SC2016  # expanded by the inner shell
+    srun --kill-on-bad-exit=1 "${SRUN_OPTIONS[@]}" bash -c 'trap "" USR1; exec "$@"' rank "$@"
+    status=$?
+}
+
+# Rank 0 leaves the mark once everything is saved, so it counts for more than the code of a rank that was cut off.
+go_on_or_end() {
+    if [ -e "$RUN_JOBS/$SLURM_JOB_ID.stopped" ]; then
+        printf -- '-- stopped and saved: back into the queue\n'
+        scontrol requeue "$SLURM_JOB_ID"
+        exit 75
+    fi
+    printf -- '-- ended with exit code %d, %s\n' "$status" "$(date '+%F %T')"
+    exit "$status"
+}

@@ -1,0 +1,146 @@
+"""`minitron status`: what a run's folder and SLURM show of its progress. Needs neither torch nor Megatron-Core."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from minitron.config.compose import load_resolved
+from minitron.config.run import RunConfig
+from minitron.config.trainings import TRAININGS, in_step, settings_of
+from minitron.errors import ArtefactError
+from minitron.runtime.artefact import META_FILE
+from minitron.runtime.slurm import JobState, job_states, read_jobs
+from minitron.runtime.tracking import read_metrics
+
+_PARTIAL = ".partial"
+
+
+@dataclass(frozen=True)
+class StageStatus:
+    """One line of the table.
+
+    Attributes:
+        stage: Name of the stage.
+        state: done, running, begun (no process known), waiting, or what SLURM calls a job that has ended.
+        job: Number of its latest job; None when it was started without SLURM.
+        note: SLURM's reason for waiting or failing.
+        step, num_steps: Of a training stage, as far as they are known.
+        loss: At that step, nats per token.
+        seconds: What a finished stage took; of one that trains, what it still needs at its present speed.
+    """
+
+    stage: str
+    state: str
+    job: int | None = None
+    note: str = ""
+    step: int | None = None
+    num_steps: int | None = None
+    loss: float | None = None
+    seconds: float | None = None
+
+
+def show_status(run: Path) -> None:
+    """Print the table of a run.
+
+    Raises:
+        ArtefactError: There is no such run.
+    """
+    table = Table("stage", "state", "job", "step", "loss", "time", "", box=None, pad_edge=False)
+    for row in status_of(run):
+        step = "" if row.step is None else f"{row.step}/{row.num_steps or '?'}"
+        left = " left" if row.state != "done" and row.seconds is not None else ""
+        table.add_row(
+            row.stage,
+            row.state,
+            "" if row.job is None else str(row.job),
+            step,
+            "" if row.loss is None else f"{row.loss:.4f}",
+            "" if row.seconds is None else _duration(row.seconds) + left,
+            row.note,
+        )
+    Console(soft_wrap=True).print(table)
+
+
+def status_of(run: Path) -> list[StageStatus]:
+    """The stages of a run: those of its jobs in their order, then others by when they were finished.
+
+    Raises:
+        ArtefactError: There is no such run.
+    """
+    file = run / "resolved.yaml"
+    if not file.exists():
+        raise ArtefactError(f"{run} is not a run's folder (it has no {file.name}); give one, such as runs/demo")
+    config = load_resolved(file)
+    jobs = {stage: number for number, _, stages in read_jobs(run) for stage in stages}
+    states = job_states(sorted(set(jobs.values())))
+    metas = {path.parent.relative_to(run).as_posix(): _read(path) for path in _metas(run)}
+    begun = [path.parent.relative_to(run / _PARTIAL).as_posix() for path in (run / _PARTIAL).rglob("digest")]
+    finished = sorted(metas, key=lambda stage: str(metas[stage].get("finished", "")))
+    rows = []
+    for stage in dict.fromkeys([*jobs, *finished, *begun]):
+        job = jobs.get(stage)
+        rows.append(_status(run, stage, config, metas.get(stage), job, None if job is None else states.get(job)))
+    return rows
+
+
+def _metas(run: Path) -> list[Path]:
+    found = [*run.glob(f"*/{META_FILE}"), *run.glob(f"steps/*/*/{META_FILE}")]
+    return [path for path in found if path.parent.parent.name not in (_PARTIAL, "superseded")]
+
+
+def _read(path: Path) -> dict[str, Any]:
+    content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return content
+
+
+def _status(
+    run: Path, stage: str, config: RunConfig, meta: dict[str, Any] | None, job: int | None, state: JobState | None
+) -> StageStatus:
+    folder = run / stage if meta is not None else run / _PARTIAL / stage
+    step, num_steps, loss, left = _training(folder, stage, config)
+    if meta is not None:
+        return StageStatus(stage, "done", job, "", step, num_steps, loss, float(meta.get("seconds", 0)))
+    begun = (folder / "digest").exists()
+    if state is None:
+        word, note = "begun" if begun else "waiting", ""
+    elif state.is_over:
+        word, note = state.state.lower(), state.reason
+    else:
+        word, note = ("running" if begun and state.state == "RUNNING" else "waiting"), state.reason
+    return StageStatus(stage, word, job, note, step, num_steps, loss, left)
+
+
+def _training(folder: Path, stage: str, config: RunConfig) -> tuple[int | None, int | None, float | None, float | None]:
+    """Step, number of steps, loss and seconds left of a stage that trains."""
+    *place, name = stage.split("/")
+    if name not in TRAININGS:
+        return None, None, None, None
+    for step_config in config.chain:
+        if place and step_config.name == place[-1]:
+            config = in_step(config, step_config)
+    settings, seq_length = settings_of(config, name), config.data.seq_length
+    num_steps, records = settings.num_steps(seq_length), read_metrics(folder)
+    if not records:
+        return 0, num_steps, None, None
+    last = records[-1]
+    tokens_left = (num_steps - last["step"]) * settings.tokens_per_step(seq_length)
+    speed = last.get("tokens_per_s")
+    return last["step"], num_steps, last.get("loss"), tokens_left / speed if speed else None
+
+
+def _duration(seconds: float) -> str:
+    """A time to read.
+
+    >>> _duration(42), _duration(190), _duration(90061)
+    ('42 s', '3 min 10 s', '25 h 1 min')
+    """
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60} s"
+    return f"{whole // 3600} h {whole % 3600 // 60} min"

@@ -1,0 +1,159 @@
+"""launch=slurm: a run's stages as jobs of the cluster, each after those whose results it reads."""
+
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from minitron.config.compose import to_yaml
+from minitron.config.launch import nodes_of
+from minitron.config.run import Device, RunConfig
+from minitron.errors import ArtefactError, MinitronError
+from minitron.pipeline import OutsideHashes, Planned
+from minitron.runtime.artefact import OUTSIDE_FILE, RESOLVED_FILE, RunFolder, storage_error, write_json
+from minitron.runtime.slurm import (
+    COMMON_SCRIPT,
+    JOBS_DIR,
+    JOBS_FILE,
+    Job,
+    Place,
+    cancel,
+    job_states,
+    read_jobs,
+    render_script,
+    submit,
+    template_dir,
+)
+
+
+def submit_run(planned: Sequence[Planned], config: RunConfig, run: RunFolder, outside: OutsideHashes) -> None:
+    """Write the scripts of what is not done, submit them, and print the table of jobs.
+
+    With ``launch.dry_run`` nothing is written or submitted: the scripts are printed.
+
+    Args:
+        planned: The wanted stages, in order.
+        config: The run, checked for the nodes it asks for.
+        run: Its folder.
+        outside: Hashes of what lies outside the folder; the jobs take them as they are now.
+
+    Raises:
+        ArtefactError: The run folder cannot be written.
+        PlatformError: SLURM refuses a job; those before it are taken back.
+    """
+    console = Console(soft_wrap=True)
+    jobs = jobs_of(planned, config)
+    place = _place(config, run)
+    if config.cluster.gpus_per_node and config.device is Device.auto:
+        config = replace(config, device=Device.cuda)  # a node without its GPUs is an error, not a slow job
+    arguments = [str(place.folder / RESOLVED_FILE), str(place.folder / OUTSIDE_FILE)]
+    scripts = {
+        job.name: render_script(
+            job, [arguments[0], ",".join(job.stages), arguments[1]], place, config.launch, config.cluster
+        )
+        for job in jobs
+    }
+    if config.launch.dry_run:
+        for job in jobs:
+            after = f", after {', '.join(job.after)}" if job.after else ""
+            console.print(f"# ---- {_script(place, job)}{after}", highlight=False, markup=False)
+            sys.stdout.write(scripts[job.name] + "\n")
+        return
+    try:
+        place.folder.mkdir(parents=True)
+        (place.folder / RESOLVED_FILE).write_text(to_yaml(config), encoding="utf-8")
+        write_json(place.folder / OUTSIDE_FILE, outside)
+        common = (template_dir() / COMMON_SCRIPT).read_text(encoding="utf-8")
+        (place.folder / COMMON_SCRIPT).write_text(common, encoding="utf-8")
+        for job in jobs:
+            _script(place, job).write_text(scripts[job.name], encoding="utf-8")
+    except OSError as error:
+        raise storage_error(error, place.folder) from error
+    numbers = _submit_all(jobs, place)
+    console.print(_table(jobs, numbers))
+    console.print(f"scripts and logs: {place.folder}/; how it goes: minitron status {run.path}", highlight=False)
+
+
+def jobs_of(planned: Sequence[Planned], config: RunConfig) -> list[Job]:
+    """Group the stages that are not done into jobs.
+
+    A stage goes into the newest job that makes one of its inputs when that job has the same size and all other inputs
+    are there by then, such as the evaluation of a trained model; else it is a job of its own.
+    """
+    nodes, ranks_per_node = nodes_of(config.launch, config.cluster, config.parallel)
+    jobs: dict[str, Job] = {}
+    home: dict[str, str] = {}  # job of each stage
+    for item in planned:
+        if item.done:
+            continue
+        stage = item.stage
+        makers = {home[name] for name in stage.needs if name in home}
+        earlier = {name for maker in makers for name in _all_before(jobs[maker], jobs)}
+        after = [name for name in jobs if name in makers - earlier]  # the others are over by then
+        if len(after) == 1 and jobs[after[0]].alone == stage.alone:
+            host = jobs[after[0]]
+            jobs[host.name] = replace(host, stages=(*host.stages, stage.name))
+        else:
+            name = stage.name.removeprefix("steps/").replace("/", ".")
+            size = (1, 1) if stage.alone else (nodes, ranks_per_node)
+            host = jobs[name] = Job(name, (stage.name,), tuple(after), *size, stage.alone)
+        home[stage.name] = host.name
+    return list(jobs.values())
+
+
+def _all_before(job: Job, jobs: dict[str, Job]) -> set[str]:
+    return {name for before in job.after for name in (before, *_all_before(jobs[before], jobs))}
+
+
+def _place(config: RunConfig, run: RunFolder) -> Place:
+    path = run.path.resolve()
+    numbers = [int(folder.name) for folder in (path / JOBS_DIR).glob("[0-9][0-9][0-9]")]
+    folder = path / JOBS_DIR / f"{max(numbers, default=0) + 1:03d}"
+    python = config.launch.python or ("python" if config.launch.container_image else sys.executable)
+    return Place(cwd=Path.cwd(), run=path, folder=folder, python=python)
+
+
+def _script(place: Place, job: Job) -> Path:
+    return place.folder / f"{job.name}.sbatch"
+
+
+def _submit_all(jobs: Sequence[Job], place: Place) -> dict[str, int]:
+    """Numbers of the jobs by name, also written down for `minitron status`."""
+    numbers: dict[str, int] = {}
+    try:
+        for job in jobs:
+            numbers[job.name] = submit(_script(place, job), [numbers[name] for name in job.after])
+        written = [{"job_id": numbers[job.name], "name": job.name, "stages": job.stages} for job in jobs]
+        write_json(place.folder / JOBS_FILE, written)
+    except (MinitronError, OSError):
+        cancel(list(numbers.values()))
+        raise
+    return numbers
+
+
+def refuse_while_running(run: RunFolder) -> None:
+    """Two jobs must not work on one stage.
+
+    Raises:
+        ArtefactError: Jobs of this run are in the queue.
+    """
+    states = job_states([number for number, _, _ in read_jobs(run.path)])
+    alive = sorted(number for number, state in states.items() if not state.is_over)
+    if alive:
+        shown = " ".join(map(str, alive))
+        raise ArtefactError(
+            f"{run.path} has jobs in the queue ({shown}); wait for them (minitron status {run.path}), or take them "
+            f"back with scancel {shown}, or use another name="
+        )
+
+
+def _table(jobs: Sequence[Job], numbers: dict[str, int]) -> Table:
+    table = Table("job", "stages", "processes", "after", box=None, pad_edge=False)
+    for job in jobs:
+        after = ", ".join(str(numbers[name]) for name in job.after) or "-"
+        size = f"{job.nodes} x {job.ranks_per_node}" if not job.alone else "1, CPU"
+        table.add_row(str(numbers[job.name]), ", ".join(job.stages), size, after)
+    return table

@@ -1,0 +1,114 @@
+"""launch=slurm on a real SLURM of a head and two nodes, one rank each; figures against a run in one piece."""
+
+import json
+import time
+from pathlib import Path
+
+import pytest
+
+from minitron.cli.status import status_of
+from minitron.runtime.slurm import read_jobs
+from tests.launch.cluster import SlurmCluster
+from tests.launch.conftest import Unbroken, losses_of
+from tests.launch.hosts import wait_until
+from tests.launch.line import NAME, REPOSITORY, TOKENS_PER_STEP, command, environment
+
+pytestmark = [pytest.mark.slurm, pytest.mark.timeout(900)]
+
+
+def _submit(cluster: SlurmCluster, verb: str, runs_dir: Path, *overrides: str) -> dict[str, int]:
+    """Submit a verb from the head; numbers of its jobs by name."""
+    before = {job for job, _, _ in read_jobs(runs_dir / NAME)}
+    words = command(verb, runs_dir, "launch=slurm", "cluster=generic", *overrides)
+    env = {**environment(), "SLURM_CONF": cluster.env["SLURM_CONF"]}
+    done = cluster.head.run(words, cwd=REPOSITORY, env=env, timeout=120)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return {name: job for job, name, _ in read_jobs(runs_dir / NAME) if job not in before}
+
+
+def _log(runs_dir: Path, name: str, job: int) -> str:
+    (file,) = (runs_dir / NAME / "jobs").glob(f"*/{name}-{job}.log")
+    return file.read_text()
+
+
+def _wait_for_step(runs_dir: Path, step: int) -> None:
+    run = runs_dir / NAME
+    wait_until(f"step {step} of distill", lambda: len(losses_of(run)) >= step, timeout_s=240, interval_s=0.05)
+    assert not (run / "distill").exists(), "distill is over already"
+
+
+def test_compress_as_jobs_over_two_nodes(cluster: SlurmCluster, unbroken: Unbroken, tmp_path: Path) -> None:
+    jobs = _submit(cluster, "compress", tmp_path)
+    names = ["import", "eval_teacher", "score", "prune", "eval_pruned", "distill", "export", "report"]
+    assert list(jobs) == names
+    ended = cluster.wait(list(jobs.values()), timeout_s=600)
+    states = {name: (ended[job].state, ended[job].restarts) for name, job in jobs.items()}
+    assert states == dict.fromkeys(names, ("COMPLETED", 0)), _log(tmp_path, "distill", jobs["distill"])
+    assert "on node[1-2], attempt 1" in _log(tmp_path, "distill", jobs["distill"])
+    run = tmp_path / NAME
+    assert losses_of(run) == unbroken.losses
+    for stage in ("import", "data", "score", "prune", "distill", "export", "report"):
+        here, there = (json.loads((folder / stage / "meta.json").read_text()) for folder in (run, unbroken.run))
+        assert here["digest"] == there["digest"], stage
+    rows = {row.stage: row for row in status_of(run)}
+    assert {row.state for row in rows.values()} == {"done"}
+    assert (rows["distill"].step, rows["distill"].num_steps) == (len(unbroken.losses),) * 2
+
+
+def test_requeued_in_the_middle_of_distilling(cluster: SlurmCluster, unbroken: Unbroken, tmp_path: Path) -> None:
+    """SLURM takes the nodes away: the ranks get SIGTERM and end as they are; the newest saved step counts."""
+    unbroken.copy_undistilled(tmp_path)
+    (job,) = _submit(cluster, "distill", tmp_path).values()
+    _wait_for_step(tmp_path, 60)
+    cluster.client("scontrol", "requeue", str(job))
+    ended = cluster.wait([job], timeout_s=300)[job]
+    assert (ended.state, ended.restarts) == ("COMPLETED", 1), _log(tmp_path, "distill", job)
+    assert losses_of(tmp_path / NAME) == unbroken.losses
+
+
+def test_asked_to_stop_it_saves_and_requeues_itself(cluster: SlurmCluster, unbroken: Unbroken, tmp_path: Path) -> None:
+    unbroken.copy_undistilled(tmp_path)
+    never = "distill.train.save_interval_steps=0"  # only what is saved when asked can be resumed
+    (job,) = _submit(cluster, "distill", tmp_path, never).values()
+    _wait_for_step(tmp_path, 50)
+    cluster.client("scancel", "--signal=USR1", str(job))
+    ended = cluster.wait([job], timeout_s=300)[job]
+    log = _log(tmp_path, "distill", job)
+    assert (ended.state, ended.restarts) == ("COMPLETED", 1), log
+    assert "stopped after step" in log
+    assert "stopped and saved: back into the queue" in log
+    assert losses_of(tmp_path / NAME) == unbroken.losses
+
+
+def test_time_limit(cluster: SlurmCluster, unbroken: Unbroken, tmp_path: Path) -> None:
+    """A run longer than its job's two minutes is asked to save, requeues itself, and is finished by a later attempt."""
+    unbroken.copy_undistilled(tmp_path)
+    num_steps = 2400
+    longer = [f"distill.train.num_tokens={num_steps * TOKENS_PER_STEP}", "distill.train.save_interval_steps=0"]
+    limits = ["launch.time_limit=00:02:00", "launch.signal_lead_s=60"]
+    started = time.monotonic()
+    (job,) = _submit(cluster, "distill", tmp_path, *longer, *limits).values()
+    wait_until("a restart", lambda: cluster.show(job).restarts > 0, timeout_s=300, interval_s=0.5)
+    log = _log(tmp_path, "distill", job)
+    assert "stopped after step" in log
+    assert time.monotonic() - started < 120, "that was the limit itself"
+    step = int(log.split("stopped after step ")[1].split()[0])
+    wait_until("steps after it", lambda: len(losses_of(tmp_path / NAME)) > step + 20, timeout_s=200)
+    cluster.client("scancel", str(job))
+    cluster.wait([job], timeout_s=60)
+
+
+def test_a_failed_job_cancels_those_that_wait_for_it(cluster: SlurmCluster, unbroken: Unbroken, tmp_path: Path) -> None:
+    folder = unbroken.copy_undistilled(tmp_path)
+    weights = next((folder / "prune" / "weights").glob("*.distcp"))
+    weights.write_bytes(weights.read_bytes()[:100])
+    jobs = _submit(cluster, "compress", tmp_path)
+    assert list(jobs) == ["distill", "export", "report"]
+    ended = cluster.wait(list(jobs.values()), timeout_s=200)
+    assert [(ended[job].state, ended[job].restarts) for job in jobs.values()] == [
+        ("FAILED", 0),
+        ("CANCELLED", 0),
+        ("CANCELLED", 0),
+    ]
+    assert ended[jobs["distill"]].exit_code != "0:0"
+    assert not (folder / "distill").exists()

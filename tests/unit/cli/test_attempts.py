@@ -1,0 +1,58 @@
+"""Restarts of a job that come without progress."""
+
+from pathlib import Path
+
+import pytest
+
+from minitron.cli.attempts import note_attempt, note_stop
+from minitron.errors import PlatformError
+
+Env = pytest.MonkeyPatch
+
+
+def _start(run: Path, env: Env, restarts: int) -> None:
+    env.setenv("SLURM_JOB_ID", "7")
+    if restarts:
+        env.setenv("SLURM_RESTART_COUNT", str(restarts))
+    else:
+        env.delenv("SLURM_RESTART_COUNT", raising=False)
+    note_attempt(run, ["distill", "eval_distilled"], limit=2)
+
+
+def test_two_idle_restarts_are_allowed_and_no_third(tmp_path: Path, monkeypatch: Env) -> None:
+    for restarts in range(3):
+        _start(tmp_path, monkeypatch, restarts)
+    with pytest.raises(PlatformError, match="job 7 was started again 3 times without saving a step or finishing"):
+        _start(tmp_path, monkeypatch, 3)
+
+
+@pytest.mark.parametrize(
+    "made", [".partial/distill/states/step_00000010", ".partial/distill/000000-00000.shard", "distill/meta.json"]
+)
+def test_progress_starts_the_count_again(tmp_path: Path, monkeypatch: Env, made: str) -> None:
+    for restarts in range(3):
+        _start(tmp_path, monkeypatch, restarts)
+    (tmp_path / made).parent.mkdir(parents=True)
+    (tmp_path / made).touch()
+    for restarts in range(3, 6):
+        _start(tmp_path, monkeypatch, restarts)
+    with pytest.raises(PlatformError):
+        _start(tmp_path, monkeypatch, 6)
+
+
+def test_a_new_job_of_the_same_number_starts_afresh(tmp_path: Path, monkeypatch: Env) -> None:
+    for restarts in (0, 1, 2, 0, 1, 2):
+        _start(tmp_path, monkeypatch, restarts)
+
+
+def test_nothing_is_noted_outside_of_a_job(tmp_path: Path, monkeypatch: Env) -> None:
+    monkeypatch.delenv("SLURM_JOB_ID", raising=False)
+    note_attempt(tmp_path, ["distill"], limit=0)
+    note_stop(tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_mark_that_the_script_looks_for(tmp_path: Path, monkeypatch: Env) -> None:
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    note_stop(tmp_path)
+    assert (tmp_path / "jobs" / "7.stopped").exists()
