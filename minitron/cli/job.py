@@ -10,6 +10,7 @@ from minitron.cli.stages import lines_of, needs_cache, stages_of
 from minitron.cli.turn import in_turn
 from minitron.cli.worker import run_rank
 from minitron.config.compose import load_resolved, to_yaml
+from minitron.config.depth import depth_plan
 from minitron.config.intermediate import find_matches
 from minitron.config.model import ModelConfig
 from minitron.config.parallel import check_layout
@@ -139,7 +140,7 @@ def check_models(config: RunConfig) -> None:
         ModelError: The source cannot be imported.
         PruneError: The target does not fit it.
         LayoutError: The layout cannot split one of the two.
-        ConfigError: A pair of intermediate states names a layer that is not there.
+        ConfigError: A pair of intermediate states names a layer that is not there, or a block to score is too large.
     """
     source = source_model(config)
     own = own_layout(config.distill, config.parallel)
@@ -155,6 +156,7 @@ def check_models(config: RunConfig) -> None:
     for line in lines_of(config):
         before = students[line.source.step] if line.source else source
         student = students[line.step] = check_target(before, line.config.prune)
+        depth_plan(config.score, line.config.prune, before.num_layers)
         check_layout(student, config.parallel, who=f"student {line.step}".rstrip())
         beside = students[line.teacher.step] if line.teacher else teacher
         if own is not None:
