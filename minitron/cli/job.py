@@ -13,6 +13,7 @@ from minitron.cli.submit import refuse_while_running, submit_run
 from minitron.cli.turn import in_turn
 from minitron.cli.worker import PREFLIGHT, as_started, run_rank, runs_alone
 from minitron.config.compose import load_resolved, to_yaml
+from minitron.config.depth import depth_plan
 from minitron.config.fp8 import check_fp8_model
 from minitron.config.intermediate import find_matches
 from minitron.config.launch import LaunchKind, nodes_of
@@ -201,7 +202,7 @@ def check_models(config: RunConfig) -> None:
         ModelError: The source cannot be imported.
         PruneError: The target does not fit it.
         LayoutError: The layout cannot split one of the two.
-        ConfigError: A pair of intermediate states names a layer that is not there.
+        ConfigError: A pair of intermediate states names a layer that is not there, or a block to score is too large.
     """
     source = source_model(config)
     own = own_layout(config.distill, config.parallel)
@@ -218,6 +219,7 @@ def check_models(config: RunConfig) -> None:
     for line in lines_of(config):
         before = students[line.source.step] if line.source else source
         student = students[line.step] = target_of(before, line.config.prune)
+        depth_plan(config.score, line.config.prune, before.num_layers)
         who = f"student {line.step}".rstrip()
         check_layout(student, config.parallel, who=who)
         check_fp8_model(student, config.precision, config.parallel, who=who)

@@ -48,7 +48,15 @@ def depth_plan(score: ScoreConfig, prune: PruneConfig, num_layers: int) -> Depth
         score: The score stage's settings.
         prune: The target.
         num_layers: Layers of the model to score.
+
+    Raises:
+        ConfigError: A block is as large as the model.
     """
+    largest = max(score.depth.blocks, default=0)
+    if largest >= num_layers:
+        raise ConfigError(
+            f"score.depth.blocks names {largest} layers, but the model has {num_layers}; name at most {num_layers - 1}"
+        )
     metrics, sizes = list(score.depth.metrics), [1, *score.depth.blocks]
     greedy, num_greedy = None, 0
     cut = num_layers - (prune.num_layers or num_layers)
@@ -63,8 +71,9 @@ def depth_plan(score: ScoreConfig, prune: PruneConfig, num_layers: int) -> Depth
         metrics.append(DepthMetric.block_importance)
     if set(metrics) <= {DepthMetric.block_importance}:
         sizes = [size for size in sizes if size > 1]
-    possible = [size for size in sorted(set(sizes)) if size < num_layers]
-    return DepthPlan(tuple(dict.fromkeys(metrics)) if possible else (), tuple(possible), greedy, num_greedy)
+    if not sizes:
+        metrics = []
+    return DepthPlan(tuple(dict.fromkeys(metrics)), tuple(sorted(set(sizes))), greedy, num_greedy)
 
 
 def depth_values(score: ScoreConfig, prune: PruneConfig) -> dict[str, Any]:

@@ -26,8 +26,8 @@ from minitron.prune.statistics import (
     reduce_sequence,
 )
 
-BEFORE_ACTIVATION = "mlp.linear_fc1"
-"""Module in a layer whose output the ffn's activation function is applied to."""
+_FIRST_LINEAR, _SECOND_LINEAR = "linear_fc1", "linear_fc2"
+"""The activation function of an ffn is applied to the output of its first linear."""
 
 
 @dataclass(frozen=True)
@@ -110,7 +110,7 @@ class ImportanceCollector:
             for number, site in enumerate(self._sites):
                 name = site.module
                 if site.axis is Axis.ffn and self._ffn_activation is FfnActivation.before:
-                    name = BEFORE_ACTIVATION
+                    name = name.removesuffix(_SECOND_LINEAR) + _FIRST_LINEAR
                 module = layer.get_submodule(name)
                 self._handles.append(module.register_forward_hook(self._site_hook(index, number, site)))
         if self._final_norm is not None:

@@ -101,7 +101,7 @@ FREE, BLOCK, GREEDY = DepthSelection.free, DepthSelection.contiguous, DepthSelec
         ({}, MSE, GREEDY, 24, DepthPlan(greedy=MSE, num_greedy=6)),
         ({"metrics": [MSE]}, LOSS, GREEDY, 24, DepthPlan((MSE,), (1,), LOSS, 6)),
         ({"metrics": [MSE, LOSS]}, LOSS, FREE, 24, DepthPlan((MSE, LOSS), (1,))),
-        ({"metrics": [LOSS], "blocks": [4, 2, 99]}, BI, FREE, 24, DepthPlan((LOSS, BI), (1, 2, 4))),
+        ({"metrics": [LOSS], "blocks": [4, 2]}, BI, FREE, 24, DepthPlan((LOSS, BI), (1, 2, 4))),
         ({"blocks": [4]}, BI, FREE, None, DepthPlan((BI,), (4,))),
     ],
 )
@@ -115,6 +115,13 @@ def test_what_is_measured_is_what_is_named_and_what_pruning_needs(
     score = ScoreConfig(depth=DepthScoreConfig(**depth))  # type: ignore[arg-type]
     prune = PruneConfig(num_layers=num_layers, depth_metric=metric, depth_selection=selection)
     assert depth_plan(score, prune, 30) == want
+
+
+def test_a_block_leaves_a_layer() -> None:
+    score = ScoreConfig(depth=DepthScoreConfig(blocks=[4, 30]))
+    with pytest.raises(ConfigError, match="blocks names 30 layers, but the model has 30; name at most 29"):
+        depth_plan(score, PruneConfig(), 30)
+    assert depth_plan(score, PruneConfig(), 31).sizes == (4, 30)
 
 
 def test_only_what_decides_the_measurement_is_in_its_identity() -> None:
