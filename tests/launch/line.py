@@ -9,7 +9,7 @@ from pathlib import Path
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 NAME = "tiny"
-NUM_STEPS = 240
+NUM_STEPS = 160
 TOKENS_PER_STEP = 8 * 32
 _FOLDER = tempfile.TemporaryDirectory(prefix="minitron-launch-")
 

@@ -33,7 +33,7 @@ def _log(runs_dir: Path, name: str, job: int) -> str:
 
 def _wait_for_step(runs_dir: Path, step: int) -> None:
     run = runs_dir / NAME
-    wait_until(f"step {step} of distill", lambda: len(losses_of(run)) >= step, timeout_s=240, interval_s=0.05)
+    wait_until(f"step {step} of distill", lambda: len(losses_of(run)) >= step, timeout_s=400, interval_s=0.05)
     assert not (run / "distill").exists(), "distill is over already"
 
 
@@ -61,7 +61,7 @@ def test_requeued_in_the_middle_of_distilling(cluster: SlurmCluster, unbroken: U
     (job,) = _submit(cluster, "distill", tmp_path).values()
     _wait_for_step(tmp_path, 60)
     cluster.client("scontrol", "requeue", str(job))
-    ended = cluster.wait([job], timeout_s=300)[job]
+    ended = cluster.wait([job], timeout_s=500)[job]
     assert (ended.state, ended.restarts) == ("COMPLETED", 1), _log(tmp_path, "distill", job)
     assert losses_of(tmp_path / NAME) == unbroken.losses
 
@@ -72,7 +72,7 @@ def test_asked_to_stop_it_saves_and_requeues_itself(cluster: SlurmCluster, unbro
     (job,) = _submit(cluster, "distill", tmp_path, never).values()
     _wait_for_step(tmp_path, 50)
     cluster.client("scancel", "--signal=USR1", str(job))
-    ended = cluster.wait([job], timeout_s=300)[job]
+    ended = cluster.wait([job], timeout_s=500)[job]
     log = _log(tmp_path, "distill", job)
     assert (ended.state, ended.restarts) == ("COMPLETED", 1), log
     assert "stopped after step" in log

@@ -12,7 +12,7 @@ from tests.launch.conftest import Unbroken, losses_of
 from tests.launch.hosts import Host, Network, wait_until
 from tests.launch.line import NAME, REPOSITORY, command, environment
 
-pytestmark = [pytest.mark.twonode, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.twonode, pytest.mark.timeout(900)]
 
 
 @pytest.fixture
@@ -53,14 +53,14 @@ def _worker(host: Host) -> int:
 
 
 def _finish(processes: "list[subprocess.Popen[str]]", runs_dir: Path) -> None:
-    codes = [process.wait(timeout=240) for process in processes]
+    codes = [process.wait(timeout=400) for process in processes]
     logs = "".join(file.read_text() for file in runs_dir.glob("host*.log"))
     assert codes == [0, 0], logs
 
 
 def _wait_for_step(runs_dir: Path, step: int) -> None:
     run = runs_dir / NAME
-    wait_until(f"step {step}", lambda: len(losses_of(run)) >= step, timeout_s=240, interval_s=0.05)
+    wait_until(f"step {step}", lambda: len(losses_of(run)) >= step, timeout_s=400, interval_s=0.05)
     assert not (run / "distill").exists(), "distill is over already"
 
 

@@ -322,7 +322,7 @@ def test_more_processes_than_ranks(fails: Fails, monkeypatch: pytest.MonkeyPatch
         message = fails(3, "source.kind=random", f"launch={launch}")
         assert f"launch={launch} starts the ranks, but torchrun has started this process as rank 0 of 4" in message
     monkeypatch.delenv("LOCAL_RANK")
-    assert "RANK, WORLD_SIZE set but LOCAL_RANK not" in fails(10, "source.kind=random")
+    assert "MASTER_PORT set but LOCAL_RANK not" in fails(10, "source.kind=random")
 
 
 def test_run_folder_of_another_model(fails: Fails, model: Path, text: list[str], tmp_path: Path) -> None:
