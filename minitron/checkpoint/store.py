@@ -9,7 +9,7 @@ import contextlib
 import json
 import os
 import pickle
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -46,6 +46,7 @@ from minitron.checkpoint.format import (
     disk_errors,
     is_inside,
 )
+from minitron.checkpoint.stream import Memory, fresh_memory
 from minitron.errors import ArtefactError, CheckpointError
 
 
@@ -85,6 +86,7 @@ class CheckpointReader:
         key: str,
         offsets: Sequence[int] | None = None,
         lengths: Sequence[int] | None = None,
+        memory: Memory = fresh_memory,
     ) -> Tensor:
         """Read one box of a tensor.
 
@@ -92,9 +94,10 @@ class CheckpointReader:
             key: The tensor's key.
             offsets: Where the box begins; None is the origin.
             lengths: Extent of the box; None is everything from ``offsets`` on.
+            memory: Where to read to; whoever gives memory that is used again must be done with what was read before.
 
         Returns:
-            A CPU tensor of its own, of shape ``lengths``.
+            A contiguous CPU tensor of shape ``lengths``.
 
         Raises:
             CheckpointError: No such key, a box outside the tensor, or a part that was never saved.
@@ -110,9 +113,9 @@ class CheckpointReader:
             raise CheckpointError(
                 f"{self.path}: {key} has shape {info.shape}; a box of shape {size} at {start} is not inside"
             )
-        return self._assemble(key, start, size, info.dtype)
+        return self._assemble(key, start, size, info.dtype, memory)
 
-    def _assemble(self, key: str, start: Shape, size: Shape, dtype: torch.dtype) -> Tensor:
+    def _assemble(self, key: str, start: Shape, size: Shape, dtype: torch.dtype, memory: Memory) -> Tensor:
         out: Tensor | None = None
         found = 0
         for box in self._boxes[key]:
@@ -123,7 +126,7 @@ class CheckpointReader:
             if not all(extent > 0 for extent in part):
                 continue
             inside = tuple(a - b for a, b in zip(low, box.offsets, strict=True))
-            piece = self._read_archive(box, inside, part)
+            piece = self._read_archive(box, inside, part, memory)
             if part == size:
                 return piece.contiguous()
             out = torch.empty(size, dtype=dtype) if out is None else out
@@ -137,7 +140,7 @@ class CheckpointReader:
             )
         return out
 
-    def _read_archive(self, box: StoredBox, start: Shape, size: Shape) -> Tensor:
+    def _read_archive(self, box: StoredBox, start: Shape, size: Shape, memory: Memory) -> Tensor:
         """Read a part of one stored box; ``start`` counts from the box's own corner."""
         with (self.path / box.file).open("rb") as stream:
             try:
@@ -145,7 +148,7 @@ class CheckpointReader:
                 # Reads the shape, the strides and the place of the bytes, not the bytes themselves.
                 frame = torch.load(view, map_location="meta", weights_only=True)
                 if frame.shape == box.lengths and frame.is_contiguous():
-                    return _read_rows(stream, box, frame, start, size)
+                    return _read_rows(stream, box, frame, start, size, memory)
                 view.seek(0)
                 whole = torch.load(view, map_location="cpu", weights_only=True)
             except (RuntimeError, pickle.UnpicklingError, EOFError) as error:
@@ -200,13 +203,13 @@ def _stored_boxes(path: Path) -> list[StoredBox]:
     return boxes
 
 
-def _read_rows(stream: BinaryIO, box: StoredBox, frame: Tensor, start: Shape, size: Shape) -> Tensor:
+def _read_rows(stream: BinaryIO, box: StoredBox, frame: Tensor, start: Shape, size: Shape, memory: Memory) -> Tensor:
     """Read the smallest run of bytes that covers the part, straight from a contiguous archive."""
     split = next((dim for dim, extent in enumerate(size) if extent > 1), max(len(size) - 1, 0))
     strides = frame.stride()
     first = frame.storage_offset() + sum(a * stride for a, stride in zip(start[: split + 1], strides, strict=False))
     shape = (*size[: split + 1], *box.lengths[split + 1 :])
-    data = torch.empty(prod(shape) * frame.element_size(), dtype=torch.uint8)
+    data = torch.from_numpy(memory(prod(shape) * frame.element_size()))
     # The documented way to find a tensor's bytes in its archive ("Serialization semantics").
     in_archive = frame.untyped_storage()._checkpoint_offset
     assert in_archive is not None
@@ -314,7 +317,7 @@ class CheckpointWriter:
 
     def _append(self, value: Any) -> tuple[int, int]:
         """Pickle a value at the end of this rank's file; return its first byte and its length."""
-        with disk_errors(self.path):
+        with disk_errors(self.path), _without_checksums():
             start = self._stream.tell()
             torch.save(value, self._stream)
             return start, self._stream.tell() - start
@@ -355,6 +358,17 @@ class CheckpointWriter:
             (self.path / FORMAT_FILE).write_text(json.dumps(backend))
             # Last, and by an atomic rename: a folder with `.metadata` in it is complete.
             FileSystemWriter(self.path).finish(Metadata(tensors), [results])
+
+
+@contextlib.contextmanager
+def _without_checksums() -> Iterator[None]:
+    """Let `torch.save` leave checksums out: `torch.load` does not look at them, and they take longer than writing."""
+    before = torch.serialization.get_crc32_options()
+    torch.serialization.set_crc32_options(False)
+    try:
+        yield
+    finally:
+        torch.serialization.set_crc32_options(before)
 
 
 def _written(index: MetadataIndex, file: str, start: int, num_bytes: int) -> WriteResult:

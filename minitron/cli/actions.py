@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from minitron.checkpoint.folder import is_checkpoint_folder, read_model_config
 from minitron.cli.exporting import export
 from minitron.cli.stages import CHECKPOINT_OF, random_ranking
+from minitron.cli.verifying import verify
 from minitron.config.compose import to_yaml
 from minitron.config.distill import TeacherSource
 from minitron.config.precision import Dtype
@@ -54,6 +55,7 @@ def act(stage: str, session: Session, out: Path) -> Values:
         "score": _score,
         "prune": _prune,
         "prune_random": _prune_random,
+        "verify": verify,
         "teacher_logits": _teacher_logits,
         "export": export,
         "report": _report,
@@ -167,7 +169,7 @@ def _prune(session: Session, out: Path) -> Values:
         session,
         model=run.stage("source"),
         source_id=session.digests["source"],
-        scores=_scores_folder(session),
+        scores=_scores_folder(session) if session.config.prune.needs_scores else None,
         data=run.stage("data"),
         out=out,
     )

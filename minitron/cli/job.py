@@ -17,12 +17,12 @@ from minitron.config.fp8 import check_fp8_model
 from minitron.config.intermediate import find_matches
 from minitron.config.model import ModelConfig
 from minitron.config.parallel import check_layout
-from minitron.config.prune import check_target
 from minitron.config.run import RunConfig
 from minitron.config.teacher_layout import own_layout
 from minitron.data.sources import check_enough_text
 from minitron.errors import ConfigError, ModelError
 from minitron.pipeline import Planned, outside_hashes, plan_stages
+from minitron.prune.given import target_of
 from minitron.runtime.artefact import RunFolder, storage_error
 from minitron.runtime.device import check_num_ranks, check_precision, resolve_device
 from minitron.runtime.env import DistEnv, wandb_mode
@@ -179,7 +179,7 @@ def check_models(config: RunConfig) -> None:
     students: dict[str, ModelConfig] = {}
     for line in lines_of(config):
         before = students[line.source.step] if line.source else source
-        student = students[line.step] = check_target(before, line.config.prune)
+        student = students[line.step] = target_of(before, line.config.prune)
         who = f"student {line.step}".rstrip()
         check_layout(student, config.parallel, who=who)
         check_fp8_model(student, config.precision, config.parallel, who=who)
@@ -188,6 +188,8 @@ def check_models(config: RunConfig) -> None:
         check_fp8_model(beside, taught, own.parallel if own else config.parallel.plain(), who=f"teacher of {who}")
         if own is not None:
             check_layout(beside, own.parallel, who=f"teacher of {line.step} in its own layout")
+        if not line.distills:
+            continue
         try:
             find_matches(config.distill.intermediate, beside, student, config.parallel)
         except ConfigError as error:

@@ -21,6 +21,7 @@ VERBS: dict[str, tuple[str, str]] = {
         "a grid of shapes and a budget -> candidates pruned, distilled for a while, ranked",
         "search, prune, distill",
     ),
+    "verify": ("the pruned checkpoint against the masked teacher, on calibration text", "prune, precision"),
     "teacher-logits": (
         "the teacher's distributions, a few numbers per token, for distill without it",
         "teacher_logits",

@@ -6,10 +6,10 @@ from typing import Any
 
 from minitron.config.compose import flat_values
 from minitron.config.depth import depth_values
-from minitron.config.prune import Ranking
 from minitron.config.run import RunConfig
 from minitron.config.score import DepthMetric
 from minitron.errors import ConfigError
+from minitron.prune.given import given_identity
 from minitron.prune.scores import scores_fingerprint
 
 Values = dict[str, Any]
@@ -28,9 +28,9 @@ def score_values(config: RunConfig) -> Values:
 
 
 def prune_values(config: RunConfig) -> Values:
-    """What is kept; of ``prune.scores`` the content counts, see `scores_outside`."""
+    """What is kept; of ``prune.scores`` and ``prune.spec`` the content counts, see `prune_outside`."""
     values = flat_values(config.prune, "prune")
-    del values["prune.scores"]
+    del values["prune.scores"], values["prune.spec"]
     if not config.prune.reconstruct.enabled:
         enabled = "prune.reconstruct.enabled"  # the others are not read
         return {
@@ -42,7 +42,7 @@ def prune_values(config: RunConfig) -> Values:
 
 def prune_needs(config: RunConfig) -> tuple[str, ...]:
     """Scores of this run rank, and text is what the kept weights are fitted on."""
-    scored = config.prune.ranking is Ranking.importance and not config.prune.scores
+    scored = config.prune.needs_scores and not config.prune.scores
     fitted = config.prune.reconstruct.enabled
     return ("source", *(["score"] if scored else []), *(["data"] if fitted else []))
 
@@ -59,7 +59,12 @@ def questions_outside(config: RunConfig) -> dict[str, str]:
         raise ConfigError(f"score.depth.questions={questions} cannot be read: {error.strerror}") from error
 
 
-def scores_outside(config: RunConfig) -> dict[str, str]:
-    """Content of ``prune.scores``."""
+def prune_outside(config: RunConfig) -> dict[str, str]:
+    """Content of ``prune.scores``, or of ``prune.spec``."""
     given = config.prune.scores
-    return {"scores": scores_fingerprint(Path(given))} if given else {}
+    return {"scores": scores_fingerprint(Path(given))} if given else given_identity(config.prune)
+
+
+def verify_values(config: RunConfig) -> Values:
+    """What the pruned model is run with."""
+    return {"precision.dtype": config.precision.dtype.value, "seed": config.seed}

@@ -8,11 +8,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from minitron.checkpoint.folder import fingerprint, is_checkpoint_folder
-from minitron.cli.scoring import prune_needs, prune_values, questions_outside, score_values, scores_outside
+from minitron.cli.scoring import (
+    prune_needs,
+    prune_outside,
+    prune_values,
+    questions_outside,
+    score_values,
+    verify_values,
+)
 from minitron.config.compose import flat_values
 from minitron.config.distill import TeacherSource
 from minitron.config.line import Ancestor
-from minitron.config.prune import Ranking
 from minitron.config.run import RunConfig, SourceKind
 from minitron.config.trainings import ABLATION, TRAININGS, in_step, settings_of
 from minitron.data.sources import source_fingerprint as text_fingerprint
@@ -21,6 +27,7 @@ from minitron.distill.cache_plan import lacking
 from minitron.errors import ConfigError
 from minitron.models.hf_import import source_fingerprint as model_fingerprint
 from minitron.pipeline import Stage, nothing_outside
+from minitron.prune.given import at_random
 from minitron.runtime.artefact import META_FILE, RunFolder
 
 if TYPE_CHECKING:
@@ -61,7 +68,7 @@ class Line:
     Attributes:
         config: The run's configuration, as this step has it.
         step: Name of the step; empty in a run of one step.
-        source: The step whose student is scored and pruned; None for the original.
+        source: The step whose model is scored and pruned; None for the original.
         teacher: The step whose student teaches; None for the original, corrected or not.
         candidate: It is one of a search: it lies in ``search/`` and reads the scores of the whole run.
     """
@@ -72,10 +79,16 @@ class Line:
     teacher: "Line | None" = None
     candidate: bool = False
 
+    @property
+    def distills(self) -> bool:
+        """Whether the step is more than pruning."""
+        return self.config.distill.train.num_tokens > 0
+
     def place(self, stage: str) -> str:
         """Where a stage lies in the run folder; ``source`` and ``teacher`` are names of roles."""
         if stage == "source":
-            return self.source.place("distill") if self.source else "import"
+            left = "distill" if self.source and self.source.distills else "prune"
+            return self.source.place(left) if self.source else "import"
         if stage == "teacher":
             original = "correct" if self.config.correction.enabled else "import"
             return self.teacher.place("distill") if self.teacher else original
@@ -158,10 +171,16 @@ def line_stages(config: RunConfig) -> list[Stage]:
     evaluations = ["eval_teacher", "eval_pruned", "eval_distilled"]
     scores = [] if config.prune.scores else ["score"]
     score = Stage("score", ("source", "data"), score_values, _action("score"), outside=questions_outside)
-    return [
+    pruning = [
         *([score] if scores else []),
-        Stage("prune", prune_needs(config), prune_values, _action("prune"), outside=scores_outside),
+        Stage("prune", prune_needs(config), prune_values, _action("prune"), outside=prune_outside),
+        Stage("verify", ("source", "prune", "data"), verify_values, _action("verify")),
         _eval_stage("pruned"),
+    ]
+    if not Line(config).distills:
+        return pruning
+    return [
+        *pruning,
         Stage(
             "teacher_logits",
             (*_teachers_stage(config), "import", "data"),
@@ -207,7 +226,7 @@ def _ablation_stages(config: RunConfig) -> list[Stage]:
 
 def random_ranking(config: RunConfig) -> RunConfig:
     """The run with units kept at random: the control of importance."""
-    return replace(config, prune=replace(config.prune, ranking=Ranking.random, scores=None))
+    return replace(config, prune=at_random(config.prune))
 
 
 def needs_cache(config: RunConfig) -> bool:

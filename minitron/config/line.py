@@ -4,6 +4,7 @@ import math
 import re
 from dataclasses import dataclass, field
 from enum import StrEnum
+from itertools import pairwise
 
 from minitron.config.prune import PruneConfig
 from minitron.errors import ConfigError
@@ -76,14 +77,15 @@ class ChainStepConfig:
     """What teaches: the original (corrected, with correction.enabled), which the papers found to be the better one,
     or the model that the step before left."""
     num_tokens: int | None = None
-    """Tokens of the step; null takes ``distill.train.num_tokens``."""
+    """Tokens of the step; null takes ``distill.train.num_tokens``, 0 only prunes: the next step scores and prunes what
+    this one left, so that axes are pruned one after the other."""
 
 
 def check_chain(chain: list[ChainStepConfig]) -> None:
-    """Check the names of a chain's steps, which become folders.
+    """Check the names of a chain's steps, which become folders, and that steps that only prune lead somewhere.
 
     Raises:
-        ConfigError: A step without a usable name, or two of one name.
+        ConfigError: A step without a usable name, two of one name, or nothing that is distilled after pruning.
     """
     for number, step in enumerate(chain):
         if not re.fullmatch(r"\w[\w.-]*", step.name):
@@ -91,3 +93,13 @@ def check_chain(chain: list[ChainStepConfig]) -> None:
     names = [step.name for step in chain]
     if len(set(names)) < len(names):
         raise ConfigError(f"chain has two steps of one name ({', '.join(names)}); name each once")
+    if chain and chain[-1].num_tokens == 0:
+        raise ConfigError(
+            f"chain.{len(chain) - 1} ({names[-1]}) only prunes (num_tokens=0), but the last step distills"
+        )
+    for before, step in pairwise(chain):
+        if before.num_tokens == 0 and step.teacher is Ancestor.previous:
+            raise ConfigError(
+                f"chain step {step.name} asks for teacher=previous, but {before.name} only prunes (num_tokens=0): a "
+                "model that was not distilled teaches nothing; set teacher=original"
+            )

@@ -4,7 +4,7 @@ from dataclasses import dataclass, field, replace
 from enum import StrEnum
 
 from minitron.config.model import ModelConfig
-from minitron.config.reconstruct import ReconstructConfig
+from minitron.config.reconstruct import Linear, ReconstructConfig
 from minitron.config.score import Aggregation, DepthMetric
 from minitron.errors import ConfigError, PruneError
 
@@ -43,6 +43,19 @@ class HiddenNorm(StrEnum):
     final = "final_layernorm"
 
 
+class HeadResidual(StrEnum):
+    """What becomes of pruned query heads (paper 1, section 2.3): nothing, or a difference added to a kept head.
+
+    With W the query projection of a kept head and V that of the pruned head it is paired with: ``paper`` makes
+    ``W + (W - V)`` of it, as the formula is printed; ``laco`` makes ``W + (V - W)`` of it, the sign of Layer Collapse
+    (arXiv 2402.11187), which the formula refers to.
+    """
+
+    none = "none"
+    paper = "paper"
+    laco = "laco"
+
+
 @dataclass(kw_only=True)
 class PruneConfig:
     """The target shape; a size left at null keeps the source's. ``kv_channels`` never changes."""
@@ -75,6 +88,10 @@ class PruneConfig:
     """Seed of the random ranking."""
     reconstruct: ReconstructConfig = field(default_factory=ReconstructConfig)
     """Fit the kept weights to the source on calibration text."""
+    head_residual: HeadResidual = HeadResidual.none
+    """Merge pruned query heads into kept ones: ``none``, or with the sign of the ``paper`` or of ``laco``."""
+    spec: str | None = None
+    """A prune spec to apply as it is, a ``prune_spec.json`` edited or not, in place of sizes and ranking."""
 
     def __post_init__(self) -> None:
         """Check every value by itself; `check_target` checks them against a model."""
@@ -94,6 +111,39 @@ class PruneConfig:
             raise ConfigError(f"prune.hidden_norms=[{', '.join(norms)}] must name at least one norm, each once")
         if self.scores is not None and self.ranking is Ranking.random:
             raise ConfigError(f"prune.ranking=random reads no scores; leave prune.scores={self.scores} out")
+        if self.spec is not None:
+            self._check_alone()
+
+    @property
+    def needs_scores(self) -> bool:
+        """Whether units are ranked by scores."""
+        return self.ranking is Ranking.importance and self.spec is None
+
+    def _check_alone(self) -> None:
+        """A given spec says all there is to say."""
+        names = (*SIZES, "drop_layers", "scores")
+        unread = [f"prune.{name}=null" for name in names if getattr(self, name) is not None]
+        if self.head_residual is not HeadResidual.none:
+            unread.append(f"prune.head_residual={HeadResidual.none}")
+        if unread:
+            raise ConfigError(
+                f"prune.spec={self.spec} says which units are kept, so other settings of prune would not be read; "
+                f"set {' '.join(unread)}"
+            )
+
+
+def check_merging(config: PruneConfig) -> None:
+    """Refuse to merge query heads into what is fitted anew afterwards.
+
+    Raises:
+        ConfigError: Both are asked for.
+    """
+    merging, fitting = config.head_residual, config.reconstruct
+    if merging is not HeadResidual.none and fitting.enabled and Linear.linear_qkv in fitting.modules:
+        raise ConfigError(
+            f"prune.head_residual={merging} merges query heads, but prune.reconstruct fits linear_qkv anew; set "
+            "prune.reconstruct.enabled=false, or prune.head_residual=none"
+        )
 
 
 def check_target(model: ModelConfig, config: PruneConfig) -> ModelConfig:
@@ -127,7 +177,30 @@ def check_target(model: ModelConfig, config: PruneConfig) -> ModelConfig:
         )
     target = replace(model, **sizes)  # type: ignore[arg-type]
     _check_loadable(target)
+    _check_head_residual(model, target, config.head_residual)
     return target
+
+
+def merged_heads(model: ModelConfig, target: ModelConfig) -> tuple[int, int]:
+    """Among how many query heads `HeadResidual` finds its pairs, and how many of them are kept.
+
+    Heads share keys and values with those of their group only. With one head a group, that is with one key and value
+    for each, all heads of a layer are looked at.
+    """
+    if model.heads_per_group == 1:
+        return model.num_attention_heads, target.num_attention_heads
+    return model.heads_per_group, target.heads_per_group
+
+
+def _check_head_residual(model: ModelConfig, target: ModelConfig, merging: HeadResidual) -> None:
+    """Every dropped head needs a kept one of its own."""
+    before, after = merged_heads(model, target)
+    if merging is not HeadResidual.none and before - after > after:
+        raise PruneError(
+            f"prune.head_residual={merging} pairs every dropped head with a kept one, but of {before} heads that may "
+            f"be merged (num_attention_heads={model.num_attention_heads}, num_query_groups={model.num_query_groups}) "
+            f"only {after} are kept; keep at least half, or set prune.head_residual=none"
+        )
 
 
 def _target_size(model: ModelConfig, config: PruneConfig, name: str) -> int:

@@ -11,26 +11,20 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from minitron.losses.divergence import Scratch, work_memory
+from minitron.losses.divergence import Block
 from minitron.losses.vocab import ScaledSums, VocabShard, row_max
 
 
-def forward_kl(
-    student_Cv: Tensor,
-    target: Tensor,
-    grad_Cv: Tensor | None,
-    weight_C: Tensor,
-    vocab: VocabShard,
-    scratch: Scratch,
-) -> Tensor:
+def forward_kl(block: Block[Tensor]) -> Tensor:
     """KL(teacher || student) = sum_v p_v (t_v - s_v) - lse(t) + lse(s), with gradient q - p.
 
     The dot product takes the difference of the logits, not that of two large sums: fp32 precision.
     """
+    student_Cv, target, grad_Cv, weight_C, vocab, scratch = block
     teacher_max_C, student_max_C = row_max(target), row_max(student_Cv)
     diff_Cv = torch.sub(target, student_Cv, out=scratch.like("diff", target))
     teacher_exp_Cv = torch.sub(target, teacher_max_C[:, None], out=scratch.like("teacher_exp", target)).exp_()
-    student_exp_Cv = torch.sub(student_Cv, student_max_C[:, None], out=work_memory(student_Cv, grad_Cv, scratch)).exp_()
+    student_exp_Cv = torch.sub(student_Cv, student_max_C[:, None], out=block.work_memory()).exp_()
     dot_C = diff_Cv.mul_(teacher_exp_Cv).sum(-1)
     teacher, student = vocab.merge(
         ScaledSums(teacher_max_C, (teacher_exp_Cv.sum(-1), dot_C)),
@@ -47,20 +41,14 @@ def forward_kl(
     return dot_C / teacher_sum_C + log_ratio_C
 
 
-def reverse_kl(
-    student_Cv: Tensor,
-    target: Tensor,
-    grad_Cv: Tensor | None,
-    weight_C: Tensor,
-    vocab: VocabShard,
-    scratch: Scratch,
-) -> Tensor:
+def reverse_kl(block: Block[Tensor]) -> Tensor:
     """KL(student || teacher) = sum_v q_v (s_v - t_v) - lse(s) + lse(t), with gradient q (s - t - its mean under q)."""
+    student_Cv, target, grad_Cv, weight_C, vocab, scratch = block
     teacher_max_C, student_max_C = row_max(target), row_max(student_Cv)
     diff_Cv = torch.sub(student_Cv, target, out=scratch.like("diff", target))
     teacher_exp_Cv = torch.sub(target, teacher_max_C[:, None], out=scratch.like("teacher_exp", target)).exp_()
     teacher_sum_C = teacher_exp_Cv.sum(-1)
-    student_exp_Cv = torch.sub(student_Cv, student_max_C[:, None], out=work_memory(student_Cv, grad_Cv, scratch)).exp_()
+    student_exp_Cv = torch.sub(student_Cv, student_max_C[:, None], out=block.work_memory()).exp_()
     dot_C = torch.mul(student_exp_Cv, diff_Cv, out=teacher_exp_Cv).sum(-1)
     teacher, student = vocab.merge(
         ScaledSums(teacher_max_C, (teacher_sum_C,)),
@@ -83,11 +71,10 @@ class _Softmaxes(NamedTuple):
     log_ratio_C: Tensor
 
 
-def _softmaxes(
-    student_Cv: Tensor, target: Tensor, grad_Cv: Tensor | None, vocab: VocabShard, scratch: Scratch
-) -> _Softmaxes:
+def _softmaxes(block: Block[Tensor]) -> _Softmaxes:
     """Normalise both, the student's in the gradient's memory if there is one. One collective."""
-    outs = (scratch.like("teacher_exp", target), work_memory(student_Cv, grad_Cv, scratch))
+    student_Cv, target, vocab = block.student_Cv, block.target, block.vocab
+    outs = (block.scratch.like("teacher_exp", target), block.work_memory())
     maxima = [row_max(target), row_max(student_Cv)]
     exps = [
         torch.sub(logits_Cv, max_C[:, None], out=out_Cv).exp_()
@@ -121,18 +108,11 @@ class JensenShannon:
 
     beta: float
 
-    def __call__(
-        self,
-        student_Cv: Tensor,
-        target: Tensor,
-        grad_Cv: Tensor | None,
-        weight_C: Tensor,
-        vocab: VocabShard,
-        scratch: Scratch,
-    ) -> Tensor:
+    def __call__(self, block: Block[Tensor]) -> Tensor:
         """Compute one block, see `Divergence`."""
+        student_Cv, target, grad_Cv, weight_C, vocab, scratch = block
         ratio_Cv = torch.sub(student_Cv, target, out=scratch.like("diff", target))
-        teacher_Cv, student_Cv, log_ratio_C = _softmaxes(student_Cv, target, grad_Cv, vocab, scratch)
+        teacher_Cv, student_Cv, log_ratio_C = _softmaxes(block)
         ratio_Cv.sub_(log_ratio_C[:, None])
         log_m_Cv = torch.abs(ratio_Cv, out=scratch.like("log_m", target)).neg_().expm1_()
         factor_Cv = scratch.like("student_term", target).fill_(1 - self.beta)
@@ -149,16 +129,10 @@ class JensenShannon:
         return self.beta * teacher_kl_C + (1 - self.beta) * student_kl_C
 
 
-def mse(
-    student_Cv: Tensor,
-    target: Tensor,
-    grad_Cv: Tensor | None,
-    weight_C: Tensor,
-    vocab: VocabShard,
-    scratch: Scratch,
-) -> Tensor:
+def mse(block: Block[Tensor]) -> Tensor:
     """Mean over the vocabulary of (q - p)^2, with gradient 2/V q (q - p - sum_u q_u (q_u - p_u))."""
-    teacher_Cv, student_Cv, _ = _softmaxes(student_Cv, target, grad_Cv, vocab, scratch)
+    student_Cv, target, grad_Cv, weight_C, vocab, scratch = block
+    teacher_Cv, student_Cv, _ = _softmaxes(block)
     diff_Cv = torch.sub(student_Cv, teacher_Cv, out=teacher_Cv)
     product_Cv = scratch.like("diff", target)
     square_C = torch.mul(diff_Cv, diff_Cv, out=product_Cv).sum(-1)
@@ -170,19 +144,13 @@ def mse(
     return square_C / vocab.vocab_size
 
 
-def cosine(
-    student_Cv: Tensor,
-    target: Tensor,
-    grad_Cv: Tensor | None,
-    weight_C: Tensor,
-    vocab: VocabShard,
-    scratch: Scratch,
-) -> Tensor:
+def cosine(block: Block[Tensor]) -> Tensor:
     """1 - cos(p, q) = |p/|p| - q/|q||^2 / 2, with gradient q' (q' - p' - loss q') where ' is over the length.
 
     Softmax' denominators cancel: only the sums of squares are needed.
     """
-    outs = (scratch.like("teacher_exp", target), work_memory(student_Cv, grad_Cv, scratch))
+    student_Cv, target, grad_Cv, weight_C, vocab, scratch = block
+    outs = (scratch.like("teacher_exp", target), block.work_memory())
     product_Cv = scratch.like("diff", target)
     units, parts = [], []
     for logits_Cv, out_Cv in zip((target, student_Cv), outs, strict=True):
@@ -201,18 +169,12 @@ def cosine(
     return loss_C
 
 
-def cross_entropy(
-    student_Cv: Tensor,
-    target: Tensor,
-    grad_Cv: Tensor | None,
-    weight_C: Tensor,
-    vocab: VocabShard,
-    scratch: Scratch,
-) -> Tensor:
+def cross_entropy(block: Block[Tensor]) -> Tensor:
     """Cross-entropy with label ids, lse(s) - s_label, with gradient q - onehot(label).
 
     A label outside the vocabulary gives NaN.
     """
+    student_Cv, target, grad_Cv, weight_C, vocab, _ = block
     max_C = row_max(student_Cv)
     index_C = target - vocab.start
     here_C = (index_C >= 0) & (index_C < vocab.num_valid)
@@ -220,7 +182,7 @@ def cross_entropy(
     label_C = torch.zeros_like(weight_C)
     if vocab.num_valid:
         label_C = student_Cv.gather(1, index_C1).squeeze(1).where(here_C, label_C)
-    exp_Cv = torch.sub(student_Cv, max_C[:, None], out=work_memory(student_Cv, grad_Cv, scratch)).exp_()
+    exp_Cv = torch.sub(student_Cv, max_C[:, None], out=block.work_memory()).exp_()
     softmax, label = vocab.merge(
         ScaledSums(max_C, (exp_Cv.sum(-1),)), ScaledSums(torch.zeros_like(label_C), (label_C,))
     )

@@ -4,7 +4,7 @@ A new loss is a new object with the `Divergence` call: everything around it (out
 token weights, the student's dtype, autograd) is in `minitron.losses.engine`.
 """
 
-from typing import Protocol, Self
+from typing import NamedTuple, Protocol, Self
 
 import torch
 from torch import Tensor
@@ -44,35 +44,33 @@ class Target(Protocol):
         """The same for a part of the tokens."""
 
 
+class Block[T: Target](NamedTuple):
+    """Some tokens of a loss.
+
+    Attributes:
+        student_Cv: student's logits over this rank's valid columns, fp32 (fp64 for fp64 inputs), read only.
+        target: what they are compared with, read only; any dtype.
+        grad_Cv: where to write d(sum of weight * loss) / d student_Cv; None when no gradient is needed. It may be the
+            memory of ``student_Cv``, which may then be overwritten.
+        weight_C: weight of each token.
+        vocab: this rank's columns, and the reduction over the tensor-parallel group.
+        scratch: work memory.
+    """
+
+    student_Cv: Tensor
+    target: T
+    grad_Cv: Tensor | None
+    weight_C: Tensor
+    vocab: VocabShard
+    scratch: Scratch
+
+    def work_memory(self) -> Tensor:
+        """Where a loss may turn the student's logits into something else: the gradient's memory if there is one."""
+        return self.scratch.like("student_exp", self.student_Cv) if self.grad_Cv is None else self.grad_Cv
+
+
 class Divergence[T: Target](Protocol):
     """Loss per token and its gradient with respect to the student's logits."""
 
-    def __call__(
-        self,
-        student_Cv: Tensor,
-        target: T,
-        grad_Cv: Tensor | None,
-        weight_C: Tensor,
-        vocab: VocabShard,
-        scratch: Scratch,
-    ) -> Tensor:
-        """Compute one block.
-
-        Args:
-            student_Cv: student's logits over this rank's valid columns, fp32 (fp64 for fp64
-                inputs), read only.
-            target: what they are compared with, read only; any dtype.
-            grad_Cv: where to write d(sum of weight * loss) / d student_Cv; None when no gradient is
-                needed. It may be the memory of ``student_Cv``, which may then be overwritten.
-            weight_C: weight of each token.
-            vocab: this rank's columns, and the reduction over the tensor-parallel group.
-            scratch: work memory.
-
-        Returns:
-            Unweighted loss of each token, equal on all ranks.
-        """
-
-
-def work_memory(student_Cv: Tensor, grad_Cv: Tensor | None, scratch: Scratch) -> Tensor:
-    """Where a loss may turn the student's logits into something else: the gradient's memory if there is one."""
-    return scratch.like("student_exp", student_Cv) if grad_Cv is None else grad_Cv
+    def __call__(self, block: Block[T], /) -> Tensor:
+        """Compute one block: write the gradient, and return each token's unweighted loss, equal on all ranks."""

@@ -19,7 +19,7 @@ from torch.autograd.function import once_differentiable
 
 from minitron.config.logit_loss import CUDA_BLOCK_BYTES, CUDA_CHUNK_BYTES
 from minitron.errors import ConfigError
-from minitron.losses.divergence import Divergence, Scratch, Target
+from minitron.losses.divergence import Block, Divergence, Scratch, Target
 from minitron.losses.vocab import VocabShard
 
 _MIB = 2**20
@@ -184,7 +184,7 @@ def _block_loss[T: Target](
         if student_Cv.dtype != dtype:
             student_Cv = job.scratch.cast("student", student_Cv, dtype)
             out_Cv = None if grad_Cv is None else student_Cv
-        loss_C = job.divergence(student_Cv, target[tokens], out_Cv, weight_C, job.vocab, job.scratch)
+        loss_C = job.divergence(Block(student_Cv, target[tokens], out_Cv, weight_C, job.vocab, job.scratch))
         loss += (loss_C * weight_C).sum()
         if grad_Cv is not None and out_Cv is not None and out_Cv is not grad_Cv:
             grad_Cv.copy_(out_Cv)

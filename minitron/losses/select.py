@@ -8,7 +8,7 @@ from torch import Tensor
 from minitron.config.logit_loss import LogitLossConfig, LogitLossKind
 from minitron.errors import ConfigError
 from minitron.losses.dense import JensenShannon, cosine, forward_kl, mse, reverse_kl
-from minitron.losses.divergence import Divergence, Scratch
+from minitron.losses.divergence import Block, Divergence
 from minitron.losses.sparse import TopKKL
 from minitron.losses.vocab import VocabShard
 
@@ -25,26 +25,19 @@ class Tempered:
     divergence: Divergence[Tensor]
     temperature: float
 
-    def __call__(
-        self,
-        student_Cv: Tensor,
-        target: Tensor,
-        grad_Cv: Tensor | None,
-        weight_C: Tensor,
-        vocab: VocabShard,
-        scratch: Scratch,
-    ) -> Tensor:
+    def __call__(self, block: Block[Tensor]) -> Tensor:
         """Compute one block, see `Divergence`."""
+        student_Cv, target, grad_Cv, weight_C, _, scratch = block
         target = scratch.cast("teacher", target, student_Cv.dtype)
         if self.temperature == 1:
-            return self.divergence(student_Cv, target, grad_Cv, weight_C, vocab, scratch)
+            return self.divergence(block._replace(target=target))
         inverse = 1 / self.temperature
         target = torch.mul(target, inverse, out=scratch.like("teacher", target))
         out_Cv = scratch.like("tempered", student_Cv) if grad_Cv is None else grad_Cv
         student_Cv = torch.mul(student_Cv, inverse, out=out_Cv)
         # The gradient is with respect to s / T, and T^2 / T is left.
-        loss_C = self.divergence(student_Cv, target, grad_Cv, weight_C * self.temperature, vocab, scratch)
-        return loss_C * self.temperature**2
+        tempered = block._replace(student_Cv=student_Cv, target=target, weight_C=weight_C * self.temperature)
+        return self.divergence(tempered) * self.temperature**2
 
 
 def select(loss: LogitLossConfig, vocab: VocabShard) -> Divergence[Tensor]:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from minitron.config.logit_loss import TopKRest
-from minitron.losses.divergence import Scratch, work_memory
+from minitron.losses.divergence import Block
 from minitron.losses.vocab import ScaledSums, VocabShard, row_max
 
 
@@ -100,21 +100,14 @@ class SparseKL:
 
     rest: TopKRest | None
 
-    def __call__(
-        self,
-        student_Cv: Tensor,
-        target: SparseTarget,
-        grad_Cv: Tensor | None,
-        weight_C: Tensor,
-        vocab: VocabShard,
-        scratch: Scratch,
-    ) -> Tensor:
+    def __call__(self, block: Block[SparseTarget]) -> Tensor:
         """Compute one block, see `Divergence`. An id outside the vocabulary gives NaN."""
+        student_Cv, target, grad_Cv, weight_C, vocab, _ = block
         ids_CK, probs_CK = target.ids_TK, target.probs_TK.to(student_Cv.dtype)
         if self.rest is TopKRest.renormalize:
             mass_C = probs_CK.sum(-1, keepdim=True)
             probs_CK = probs_CK / mass_C.where(mass_C > 0, 1)
-        split = _split(student_Cv, ids_CK, probs_CK, work_memory(student_Cv, grad_Cv, scratch), vocab)
+        split = _split(student_Cv, ids_CK, probs_CK, block.work_memory(), vocab)
         mass_C = probs_CK.sum(-1)
         ghost_C = torch.zeros_like(mass_C)
         if self.rest is TopKRest.ghost:  # without a column left, what 1 - mass holds is rounding
@@ -168,19 +161,13 @@ class TopKKL:
     top_k: int
     rest: TopKRest
 
-    def __call__(
-        self,
-        student_Cv: Tensor,
-        target: Tensor,
-        grad_Cv: Tensor | None,
-        weight_C: Tensor,
-        vocab: VocabShard,
-        scratch: Scratch,
-    ) -> Tensor:
+    def __call__(self, block: Block[Tensor]) -> Tensor:
         """Compute one block, see `Divergence`."""
+        student_Cv, target, grad_Cv, weight_C, vocab, scratch = block
         logits_CK, ids_CK = vocab.top_k(target, self.top_k)
         max_C = row_max(target)
         exp_Cv = torch.sub(target, max_C[:, None], out=scratch.like("teacher_exp", target)).exp_()
         (softmax,) = vocab.merge(ScaledSums(max_C, (exp_Cv.sum(-1),)))
         probs_CK = (logits_CK - softmax.max_C[:, None]).exp_().div_(softmax.sums[0][:, None])
-        return SparseKL(self.rest)(student_Cv, SparseTarget(ids_CK, probs_CK), grad_Cv, weight_C, vocab, scratch)
+        sparse = SparseTarget(ids_CK, probs_CK)
+        return SparseKL(self.rest)(Block(student_Cv, sparse, grad_Cv, weight_C, vocab, scratch))

@@ -3,6 +3,8 @@
 import hashlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
+from math import prod
 from pathlib import Path
 
 import torch
@@ -11,9 +13,10 @@ from torch.distributed import ProcessGroup
 
 from minitron.checkpoint.folder import SIDE_DIR, WEIGHTS_DIR, write_model_config
 from minitron.checkpoint.store import CheckpointWriter
+from minitron.checkpoint.stream import deal, read_ahead
 from minitron.config.model import ModelConfig
 from minitron.errors import ModelError
-from minitron.models.axes import OUTPUT_LAYER_KEY, TABLES, Dim, ParamAxes, global_shape, part_rows
+from minitron.models.axes import OUTPUT_LAYER_KEY, TABLES, Dim, ParamAxes, global_shape, layer_shape, part_rows
 from minitron.models.gguf import GgufSource
 from minitron.models.hf_config import HfConfig
 from minitron.models.hf_names import IGNORED_SUFFIXES, blocks, hf_tensors, hf_tensors_of
@@ -83,8 +86,8 @@ def import_model(
 ) -> SourceInfo:
     """Write a source as a checkpoint folder: ``model.json``, ``weights/`` and ``hf/``.
 
-    Each rank holds one item at a time; items (parameters of a layer, rows of an embedding) are dealt over
-    the ranks in turn.
+    Each rank writes one item while it reads the next; items (parameters of a layer, rows of an embedding) are dealt
+    over the ranks by their size.
 
     Args:
         source: A local Hugging Face folder (safetensors), or a ``.gguf`` file.
@@ -106,9 +109,8 @@ def import_model(
     if rank == 0:
         write_model_config(out, info.model)
         opened.write_side_files(out / SIDE_DIR)
-    items = list(_items(info.model, dtype))[rank::world_size]
-    for done, item in enumerate(items, start=1):
-        tensor = _canonical(item, opened, dtype)
+    items = deal(_items(info.model, dtype), rank=rank, world_size=world_size)
+    for done, (item, tensor) in enumerate(read_ahead(items, partial(_canonical, source=opened, dtype=dtype)), start=1):
         shape = global_shape(item.param, info.model)
         offsets = [0] * len(shape)
         if item.layer is not None:
@@ -195,14 +197,17 @@ def _ignored(model: ModelConfig) -> set[str]:
     return {hf.name for param in params if param.key == OUTPUT_LAYER_KEY for hf in param.hf}
 
 
-def _items(model: ModelConfig, dtype: torch.dtype) -> Iterator[_Item]:
+def _items(model: ModelConfig, dtype: torch.dtype) -> Iterator[tuple[_Item, int]]:
+    """Every item with its size in bytes."""
     for param, layer in blocks(model):
+        row = prod(layer_shape(param, model)[1:]) * dtype.itemsize
         if param.dims[0] is not Dim.vocab:
-            yield _Item(param, layer)
+            yield _Item(param, layer), layer_shape(param, model)[0] * row
             continue
-        step = max(1, CHUNK_BYTES // (model.hidden_size * dtype.itemsize))
+        step = max(1, CHUNK_BYTES // row)
         for first in range(0, model.vocab_size, step):
-            yield _Item(param, layer, (first, min(first + step, model.vocab_size)))
+            stop = min(first + step, model.vocab_size)
+            yield _Item(param, layer, (first, stop)), (stop - first) * row
 
 
 def _canonical(item: _Item, source: Source, dtype: torch.dtype) -> Tensor:

@@ -1,13 +1,15 @@
 """From scores and a target shape to the units that are kept. Pure, no torch."""
 
+from collections.abc import Sequence
+
 import numpy as np
 
 from minitron.config.model import ModelConfig
-from minitron.config.prune import DepthSelection, PruneConfig, Ranking, check_target
+from minitron.config.prune import DepthSelection, HeadResidual, PruneConfig, Ranking, check_target, merged_heads
 from minitron.errors import PruneError
 from minitron.prune.depth_scores import Floats
 from minitron.prune.scores import Scores, random_scores
-from minitron.prune.spec import PruneSpec
+from minitron.prune.spec import HeadPair, PruneSpec
 
 
 def choose(source: ModelConfig, config: PruneConfig, *, scores: Scores | None, source_id: str) -> PruneSpec:
@@ -16,7 +18,8 @@ def choose(source: ModelConfig, config: PruneConfig, *, scores: Scores | None, s
     Channels: the scores of a channel are summed over the norms of the source that ``prune.hidden_norms`` names
     (dropped layers included, as in paper 1) and ranked once for the whole network, because the residual stream
     shares them. Neurons and heads: ranked layer by layer, the same count in each. Heads are ranked
-    inside their query group. Layers: see `kept_layers`. Among equal scores the lower number is kept.
+    inside their query group. Layers: see `kept_layers`. Among equal scores the lower number is kept. Dropped heads are
+    paired with kept ones where ``head_residual`` asks for it.
 
     Args:
         source: The model to prune.
@@ -54,6 +57,7 @@ def choose_for(target: ModelConfig, config: PruneConfig, *, scores: Scores, sour
     layers = kept_layers(scores, target.num_layers, config)
     attention = [kept_heads(width.head[layer], source, target) for layer in layers]
     channels = scores.channels(config.aggregation, config.hidden_norms)
+    merging = config.head_residual is not HeadResidual.none
     spec = PruneSpec(
         source=source,
         target=target,
@@ -63,6 +67,12 @@ def choose_for(target: ModelConfig, config: PruneConfig, *, scores: Scores, sour
         ffn=[top_units(width.ffn[layer], target.ffn_hidden_size) for layer in layers],
         heads=[heads for heads, _ in attention],
         groups=[groups for _, groups in attention],
+        head_residual=config.head_residual,
+        head_pairs=[
+            pair_heads(width.head[layer], groups, source, target)
+            for layer, (_, groups) in zip(layers, attention, strict=True)
+            if merging
+        ],
     )
     spec.validate()
     return spec
@@ -125,6 +135,28 @@ def kept_heads(scores: Floats, source: ModelConfig, target: ModelConfig) -> tupl
         for head in top_units(scores_GN[group], target.heads_per_group)
     ]
     return heads, groups
+
+
+def pair_heads(scores: Floats, groups: Sequence[int], source: ModelConfig, target: ModelConfig) -> list[HeadPair]:
+    """The kept and the dropped query head of every pair of one layer, for `HeadResidual`; sorted by the kept one.
+
+    The paper sorts heads by importance, counts them from 1, keeps K of L, and merges head 2K - i + 1 into head i for i
+    from K - (L - K) to K. At that lower bound the partner would be head L + 1, which there is none of; from one further
+    on, every dropped head is merged once, the best of them into the worst of the kept.
+
+    Args:
+        scores: ``[N]``, scores of the layer's heads.
+        groups: The query groups that the layer keeps; heads of the others have no partner.
+        source: The model to prune.
+        target: The pruned model.
+    """
+    count, kept = merged_heads(source, target)
+    firsts = [0] if source.heads_per_group == 1 else [group * count for group in groups]
+    pairs: list[HeadPair] = []
+    for first in firsts:
+        order = first + np.argsort(-scores[first : first + count], kind="stable")  # as in `top_units`
+        pairs += [HeadPair(int(order[i]), int(order[2 * kept - 1 - i])) for i in range(2 * kept - count, kept)]
+    return sorted(pairs)
 
 
 def _check_scores(scores: Scores, source: ModelConfig, source_id: str) -> None:

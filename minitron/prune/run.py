@@ -12,20 +12,22 @@ from transformers import AutoTokenizer
 from minitron.checkpoint.folder import read_model_config, side_dir
 from minitron.config.depth import depth_plan
 from minitron.config.model import ModelConfig
-from minitron.config.prune import Ranking, check_target
+from minitron.config.prune import HeadResidual, check_target
 from minitron.config.score import DepthMetric
 from minitron.data.batch import Batch
 from minitron.data.loader import FixedBatches, calibration_batches
 from minitron.models.load import load_gpt
 from minitron.prune.calibration import score_model
 from minitron.prune.depth import measure_depth
+from minitron.prune.given import load_given
 from minitron.prune.questions import QuestionSheet, question_sheet, read_questions
 from minitron.prune.ranking import choose, choose_for
 from minitron.prune.reconstruct import Reconstruction, reconstruction
 from minitron.prune.rounds import score_in_rounds
 from minitron.prune.scores import Scores
 from minitron.prune.slicer import apply_spec
-from minitron.prune.spec import PruneSpec, write_units
+from minitron.prune.spec import PruneSpec
+from minitron.prune.summary import check_parameters, describe, scores_kept
 from minitron.runtime.progress import StageProgress
 from minitron.runtime.session import Session
 
@@ -128,7 +130,7 @@ def _in_rounds(stage: _ScoreStage, model: Path, scratch: Path) -> Scores:
     session = stage.session
     config, groups = session.config, session.groups
     source = read_model_config(model)
-    ranking = replace(config.prune, num_layers=None, drop_layers=None)
+    ranking = replace(config.prune, num_layers=None, drop_layers=None, head_residual=HeadResidual.none)
 
     def folder(done: int) -> Path:
         return scratch / str(done) if done else model
@@ -163,15 +165,22 @@ def prune(
         session: The running job; all its ranks slice.
         model: Checkpoint folder of the source.
         source_id: Identity of its weights.
-        scores: Folder of the scores; None with ``prune.ranking=random``.
+        scores: Folder of the scores; None with ``prune.ranking=random`` or ``prune.spec``.
         data: The data folder, whose training split gives the sequences to fit on; read by
             ``prune.reconstruct`` only.
         out: The stage's working folder; becomes a checkpoint folder with ``prune_spec.json``.
+
+    Raises:
+        PruneError: The target, the scores or the given spec are not of this source.
+        CheckpointError: The result has not the parameters that were planned.
     """
-    config, groups = session.config, session.groups
-    needs_scores = config.prune.ranking is Ranking.importance
-    loaded = Scores.load(scores) if needs_scores and scores is not None else None
-    spec = choose(read_model_config(model), config.prune, scores=loaded, source_id=source_id)
+    config, groups = session.config.prune, session.groups
+    source = read_model_config(model)
+    loaded = Scores.load(scores) if scores is not None else None
+    if config.spec is None:
+        spec = choose(source, config, scores=loaded, source_id=source_id)
+    else:
+        spec = load_given(Path(config.spec), source, source_id=source_id)
     if session.is_main:
         spec.save(out / SPEC_FILE)
     with session.progress("prune") as progress, _fitted(session, spec, model, data, progress) as fitted:
@@ -184,15 +193,14 @@ def prune(
             fitted=fitted,
             on_progress=progress.update,
         )
-    target = spec.target
-    dropped = [layer for layer in range(spec.source.num_layers) if layer not in spec.layers]
-    return {
-        "layers": f"{spec.source.num_layers} -> {target.num_layers}",
-        "dropped_layers": write_units(dropped),
-        "hidden": f"{spec.source.hidden_size} -> {target.hidden_size}",
-        "ffn": f"{spec.source.ffn_hidden_size} -> {target.ffn_hidden_size}",
-        "heads": f"{spec.source.num_attention_heads} -> {target.num_attention_heads}",
-    }
+    check_parameters(out, spec.target)
+    if loaded is None:
+        return describe(spec)
+    width = loaded.for_aggregation(config.aggregation)
+    hidden = loaded.channels(config.aggregation, config.hidden_norms)
+    one_by_one = config.depth_metric is DepthMetric.block_importance and config.drop_layers is None
+    layer = loaded.layer if one_by_one else None
+    return describe(spec) | scores_kept(spec, ffn=width.ffn, head=width.head, hidden=hidden, layer=layer)
 
 
 def _fitted(

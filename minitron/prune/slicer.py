@@ -1,11 +1,14 @@
 """Applying a prune spec: slice one parameter, or stream a whole checkpoint through."""
 
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
@@ -18,12 +21,21 @@ from minitron.checkpoint.folder import (
     write_model_config,
 )
 from minitron.checkpoint.store import CheckpointReader, CheckpointWriter
+from minitron.checkpoint.stream import Memory, Workspace, deal, fresh_memory, read_ahead
 from minitron.errors import CheckpointError, PruneError
-from minitron.models.axes import Dim, ParamAxes, global_shape, kept_positions, params_of
+from minitron.models.axes import Dim, Indices, ParamAxes, global_shape, kept_positions, layer_shape, params_of
+from minitron.models.hf_names import blocks
+from minitron.prune.head_residual import merge_heads
 from minitron.prune.spec import PruneSpec
 
 CHUNK_BYTES = 64 * 2**20
 """Row chunks of an embedding, so that a rank's memory does not grow with the vocabulary."""
+
+_CACHED_BYTES = 2**19
+"""Rows that are taken apart at a time."""
+
+_SAME_SIZE = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+"""Types that NumPy knows, by the bytes of an element."""
 
 
 @dataclass(frozen=True)
@@ -54,7 +66,9 @@ class Fitted(Protocol):
         """The weights in the pruned shape; the same on every rank, all of which go through them together."""
 
 
-def slice_param(param: ParamAxes, tensor: Tensor, layer: int | None, spec: PruneSpec) -> Tensor:
+def slice_param(
+    param: ParamAxes, tensor: Tensor, layer: int | None, spec: PruneSpec, memory: Memory = fresh_memory
+) -> Tensor:
     """The part of one parameter that the pruned model keeps.
 
     Vocabulary rows are never pruned, so a chunk of an embedding's rows may be given.
@@ -65,35 +79,52 @@ def slice_param(param: ParamAxes, tensor: Tensor, layer: int | None, spec: Prune
             checkpoint does not stack it over layers.
         layer: Number of the layer in the pruned model; None when not stacked.
         spec: What to keep.
+        memory: Where to put what is taken out of the tensor.
     """
+    tensor = merge_heads(param, tensor, layer, spec)
     kept = spec.kept(layer)
-    for number, dim in enumerate(param.dims):
-        if dim is Dim.vocab:
-            continue
-        positions = torch.from_numpy(kept_positions(dim, spec.source, kept))
-        if len(positions) < tensor.shape[number]:
-            tensor = tensor.index_select(number, positions.to(tensor.device))
-    return tensor
+    positions = [
+        np.arange(size) if dim is Dim.vocab else kept_positions(dim, spec.source, kept)
+        for dim, size in zip(param.dims, tensor.shape, strict=True)
+    ]
+    shape = tuple(map(len, positions))
+    if shape == tensor.shape:
+        return tensor
+    units = tensor.view(_SAME_SIZE[tensor.element_size()]).numpy()
+    out = memory(prod(shape) * units.itemsize).view(units.dtype).reshape(shape)
+    _take(units, positions, out)
+    return torch.from_numpy(out).view(tensor.dtype)
 
 
-def slice_items(spec: PruneSpec, element_sizes: Mapping[str, int]) -> Iterator[SliceItem]:
-    """Every item of the pruned checkpoint, in a fixed order.
+def _take(units: NDArray[Any], positions: Sequence[Indices], out: NDArray[Any]) -> None:
+    """Rows, or rows and columns. NumPy takes elements of a row three times as fast as torch does on a CPU."""
+    rows, *columns = positions
+    if not columns or len(columns[0]) == units.shape[1]:
+        np.take(units, rows, axis=0, out=out, mode="clip")  # the default mode makes a copy of out
+        return
+    step = max(1, _CACHED_BYTES // (units.shape[1] * units.itemsize))
+    for first in range(0, len(rows), step):
+        block = slice(first, first + step)
+        np.take(units[rows[block]], columns[0], axis=1, out=out[block], mode="clip")
+
+
+def slice_items(spec: PruneSpec, element_sizes: Mapping[str, int]) -> Iterator[tuple[SliceItem, int]]:
+    """Every item of the pruned checkpoint with the bytes to read for it, layer by layer, as import wrote the source.
 
     Args:
         spec: What to keep.
         element_sizes: Bytes of one element, by parameter key.
     """
-    for param in params_of(spec.source):
-        if param.stacked:
-            for layer in range(spec.target.num_layers):
-                yield SliceItem(param, layer)
-        elif param.dims[0] is Dim.vocab:
-            size = spec.source.vocab_size
-            step = max(1, CHUNK_BYTES // (spec.source.hidden_size * element_sizes[param.key]))
-            for first in range(0, size, step):
-                yield SliceItem(param, None, (first, min(step, size - first)))
-        else:
-            yield SliceItem(param, None)
+    for param, layer in blocks(spec.target):
+        shape = layer_shape(param, spec.source)
+        element, row = element_sizes[param.key], prod(shape[1:])
+        if param.stacked or param.dims[0] is not Dim.vocab:
+            yield SliceItem(param, layer), shape[0] * row * element
+            continue
+        step = max(1, CHUNK_BYTES // (row * element))
+        for first in range(0, shape[0], step):
+            rows = min(step, shape[0] - first)
+            yield SliceItem(param, None, (first, rows)), rows * row * element
 
 
 def apply_spec(
@@ -109,7 +140,7 @@ def apply_spec(
 ) -> None:
     """Write the pruned checkpoint folder, streaming; any number of ranks gives the same bytes.
 
-    Each rank holds one slice at a time. Items are dealt over the ranks in turn.
+    Each rank writes one slice while it reads the next. Items are dealt over the ranks by their size.
 
     Args:
         spec: What to keep.
@@ -138,10 +169,10 @@ def apply_spec(
         write_model_config(out, spec.target)
         copy_side_files(source, out)
     sizes = {key: info.dtype.itemsize for key, info in reader.tensors.items()}
-    items = [item for item in slice_items(spec, sizes) if fitted is None or item.param.key not in fitted.keys]
-    items = items[rank::world_size]
-    for done, item in enumerate(items, start=1):
-        _copy_item(item, spec, reader, writer)
+    todo = (pair for pair in slice_items(spec, sizes) if fitted is None or pair[0].param.key not in fitted.keys)
+    items = deal(todo, rank=rank, world_size=world_size)
+    for done, (item, kept) in enumerate(read_ahead(items, _Slicing(spec, reader).read), start=1):
+        _write_item(item, kept, spec, writer)
         if on_progress is not None:
             on_progress(done, len(items))
     for number, (item, weight) in enumerate(fitted or ()):
@@ -150,30 +181,38 @@ def apply_spec(
     writer.finish(group)
 
 
-def _copy_item(item: SliceItem, spec: PruneSpec, reader: CheckpointReader, writer: CheckpointWriter) -> None:
-    """Read, slice and write one item."""
-    param = item.param
-    offsets = [0] * len(global_shape(param, spec.source))
-    lengths = list(global_shape(param, spec.source))
-    if item.rows is not None:
-        offsets[0], lengths[0] = item.rows
-    if item.layer is not None:
-        offsets[0], lengths[0] = spec.layers[item.layer], 1
-    tensor = reader.read(param.key, tuple(offsets), tuple(lengths))
-    whole = tensor if item.layer is None else tensor.squeeze(0)
-    _write_item(item, slice_param(param, whole, item.layer, spec), spec, writer)
-
-
 def _write_item(item: SliceItem, kept: Tensor, spec: PruneSpec, writer: CheckpointWriter) -> None:
     """Write one item in the pruned shape, without its layer dimension."""
     shape = global_shape(item.param, spec.target)
-    offsets = [0] * len(shape)
-    if item.rows is not None:
-        offsets[0] = item.rows[0]
-    if item.layer is not None:
-        offsets[0] = item.layer
-        kept = kept.unsqueeze(0)
-    writer.write(item.param.key, kept.contiguous(), global_shape=shape, offsets=tuple(offsets))
+    first = item.rows[0] if item.rows is not None else item.layer or 0
+    kept = kept if item.layer is None else kept.unsqueeze(0)
+    writer.write(item.param.key, kept, global_shape=shape, offsets=(first, *[0] * (len(shape) - 1)))
+
+
+class _Slicing:
+    """Reads items and slices them, in memory for one source and two results: one is read while the other is written."""
+
+    def __init__(self, spec: PruneSpec, reader: CheckpointReader) -> None:
+        self._spec = spec
+        self._reader = reader
+        self._workspace = Workspace()
+        self._turn = 0
+
+    def read(self, item: SliceItem) -> Tensor:
+        """Read one item, and slice it; without its layer dimension."""
+        spec, param = self._spec, item.param
+        lengths = list(global_shape(param, spec.source))
+        offsets = [0] * len(lengths)
+        if item.rows is not None:
+            offsets[0], lengths[0] = item.rows
+        if item.layer is not None:
+            offsets[0], lengths[0] = spec.layers[item.layer], 1
+        self._turn = 1 - self._turn
+        result = source = self._workspace.memory(f"result {self._turn}")
+        if layer_shape(param, spec.source) != layer_shape(param, spec.target):
+            source = self._workspace.memory("source")
+        tensor = self._reader.read(param.key, offsets, lengths, source)
+        return slice_param(param, tensor if item.layer is None else tensor.squeeze(0), item.layer, spec, result)
 
 
 def _check_tensors(spec: PruneSpec, shapes: Mapping[str, tuple[int, ...]], source: Path) -> None:

@@ -3,19 +3,26 @@
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
 from minitron.config.model import ModelConfig
-from minitron.config.prune import SIZES
+from minitron.config.prune import SIZES, HeadResidual
 from minitron.errors import MinitronError, PruneError
 from minitron.models.axes import Axis
 
 FORMAT = 1
 
 _PER_LAYER = ("ffn", "heads", "groups")
+
+
+class HeadPair(NamedTuple):
+    """A kept query head, and the dropped one that is merged into it."""
+
+    kept: int
+    dropped: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,6 +38,8 @@ class PruneSpec:
         ffn: Kept neurons, one list per kept layer.
         heads: Kept query heads, one list per kept layer.
         groups: Kept query groups, one list per kept layer.
+        head_residual: Whether dropped query heads are merged into kept ones, and with which sign.
+        head_pairs: The pairs to merge, one list per kept layer; empty where none are.
     """
 
     source: ModelConfig
@@ -41,6 +50,8 @@ class PruneSpec:
     ffn: list[list[int]]
     heads: list[list[int]]
     groups: list[list[int]]
+    head_residual: HeadResidual = HeadResidual.none
+    head_pairs: list[list[HeadPair]] = field(default_factory=list)
 
     @classmethod
     def identity(cls, model: ModelConfig, *, source_id: str = "") -> Self:
@@ -105,6 +116,7 @@ class PruneSpec:
             )
             _check_units(f"groups {where}", self.groups[i], source.num_query_groups, target.num_query_groups)
             self._check_groups(where, self.heads[i], self.groups[i])
+        self._check_pairs()
 
     def to_json(self) -> str:
         """Text of the file: one line per list, runs of units written as ``first-last``."""
@@ -117,7 +129,11 @@ class PruneSpec:
             "hidden": write_units(self.hidden),
         }
         lists = {name: [write_units(u) for u in getattr(self, name)] for name in _PER_LAYER}
-        return json.dumps({**about, **lists}, indent=2) + "\n"
+        merging: dict[str, Any] = {}
+        if self.head_residual is not HeadResidual.none:
+            pairs = [",".join(f"{pair.kept}<{pair.dropped}" for pair in of_layer) for of_layer in self.head_pairs]
+            merging = {"head_residual": self.head_residual.value, "head_pairs": pairs}
+        return json.dumps({**about, **lists, **merging}, indent=2) + "\n"
 
     def save(self, path: Path) -> None:
         """Write the spec, checked.
@@ -150,6 +166,8 @@ class PruneSpec:
                 layers=read_units(values["layers"]),
                 hidden=read_units(values["hidden"]),
                 **{name: [read_units(u) for u in values[name]] for name in _PER_LAYER},
+                head_residual=HeadResidual(values.get("head_residual", HeadResidual.none)),
+                head_pairs=[_read_pairs(text) for text in values.get("head_pairs", [])],
             )
             spec.validate()
         except MinitronError as error:
@@ -163,6 +181,26 @@ class PruneSpec:
     def content_hash(self) -> str:
         """SHA-256 of the spec, equal for equal specs."""
         return hashlib.sha256(self.to_json().encode()).hexdigest()
+
+    def _check_pairs(self) -> None:
+        """Every pair merges a dropped head into a kept one, and there are pairs for each layer or for none."""
+        layers = 0 if self.head_residual is HeadResidual.none else self.target.num_layers
+        if len(self.head_pairs) != layers:
+            raise PruneError(
+                f"prune spec: head_pairs has {len(self.head_pairs)} lists, but head_residual={self.head_residual} with "
+                f"{self.target.num_layers} kept layers needs {layers}"
+            )
+        per_group = self.source.heads_per_group
+        for i, pairs in enumerate(self.head_pairs):
+            for kept, dropped in pairs:
+                there = 0 <= dropped < self.source.num_attention_heads
+                related = per_group == 1 or kept // per_group == dropped // per_group
+                if kept not in self.heads[i] or dropped in self.heads[i] or not there or not related:
+                    raise PruneError(
+                        f"prune spec: head_pairs of layer {self.layers[i]} merge head {dropped} into head {kept}, but "
+                        f"the layer keeps heads {write_units(self.heads[i])} of {self.source.num_attention_heads} in "
+                        f"groups of {per_group}; name a kept head and a dropped one of its group"
+                    )
 
     def _check_groups(self, where: str, heads: Sequence[int], groups: Sequence[int]) -> None:
         """Every kept group keeps as many heads, and no head is kept without its group."""
@@ -200,6 +238,12 @@ def read_units(text: str) -> list[int]:
         first, _, last = part.partition("-")
         units.extend(range(int(first), int(last or first) + 1))
     return units
+
+
+def _read_pairs(text: str) -> list[HeadPair]:
+    """Pairs of heads from text such as ``1<2,4<3``: head 2 is merged into head 1, head 3 into head 4."""
+    pairs = (part.split("<") for part in filter(None, text.split(",")))
+    return [HeadPair(int(kept), int(dropped)) for kept, dropped in pairs]
 
 
 def _check_units(what: str, units: Sequence[int], have: int, want: int) -> None:

@@ -34,6 +34,7 @@ _VERBS = {
     "eval_corrected": "eval",
     "score": "score",
     "prune": "prune",
+    "verify": "verify",
     "eval_pruned": "eval",
     "teacher_logits": "teacher-logits",
     "distill": "distill",
@@ -42,7 +43,7 @@ _VERBS = {
     "eval_baseline": "eval",
     "export": "export",
 }
-_OPTIONAL = ("correct", "eval_corrected", "score", "teacher_logits", "baseline", "eval_baseline")
+_OPTIONAL = ("correct", "eval_corrected", "score", "verify", "teacher_logits", "baseline", "eval_baseline")
 _CONTROL = ("baseline", "eval_baseline")
 _MODELS = {  # role -> stages with its checkpoint and its evaluation
     Role.teacher: ("import", "eval_teacher"),
@@ -52,6 +53,12 @@ _MODELS = {  # role -> stages with its checkpoint and its evaluation
     Role.baseline: ("baseline", "eval_baseline"),
 }
 _TRAIN_PREFIX = "distill.train."
+_SCORE_KEPT = {  # key of the prune stage's summary -> size that the axis has in a model's shape
+    "score_kept_layers": "num_layers",
+    "score_kept_hidden": "hidden_size",
+    "score_kept_ffn": "ffn_hidden_size",
+    "score_kept_heads": "num_attention_heads",
+}
 _OBJECTIVES = {
     "forward_kl": "forward KL to the teacher",
     "reverse_kl": "reverse KL to the teacher",
@@ -106,7 +113,7 @@ def collect(run: RunFolder) -> ReportData:
         distill=distill,
         baseline=baseline,
         same_training=same_training,
-        prune=_prune_result(run, metas["prune"]),
+        prune=_prune_result(run, metas),
         data={"train": data.train, "heldout": data.heldout},
         stages=[
             StageTime(name=stage, seconds=float(meta["seconds"]), finished=meta["finished"])
@@ -218,14 +225,27 @@ def teacher_parameters(meta: dict[str, Any]) -> int:
     return int(meta["summary"]["teacher_parameters"])
 
 
-def _prune_result(run: RunFolder, meta: dict[str, Any]) -> PruneResult:
+def _prune_result(run: RunFolder, metas: Metas) -> PruneResult:
+    values, summary = metas["prune"]["values"], metas["prune"]["summary"]
+    given = "spec" in metas["prune"]["inputs"]
     return PruneResult(
         source=read_model_config(run.stage("source")),
         target=read_model_config(run.stage("prune")),
         kept_layers=read_kept(run).layers,
-        ranking=meta["values"].get("prune.ranking"),
-        aggregation=meta["values"].get("prune.aggregation"),
+        ranking="a given spec" if given else values.get("prune.ranking"),
+        aggregation=values.get("prune.aggregation"),
+        score_kept={size: summary[key] for key, size in _SCORE_KEPT.items() if key in summary},
+        verification=_verification(metas["verify"]["summary"]) if "verify" in metas else None,
     )
+
+
+def _verification(summary: dict[str, Any]) -> str:
+    """What the verify stage found."""
+    finite = f"on {summary['tokens']} tokens of calibration text the pruned model's logits are finite"
+    error = summary.get("masked_teacher_error")
+    if error is None:
+        return f"{finite}; masked teacher {summary['masked_teacher']}"
+    return f"{finite}, and those of the teacher with the same units masked but for {error:.0e} of the largest logit"
 
 
 def _cost(

@@ -86,13 +86,26 @@ class TrainingCurve:
 
 @dataclass(frozen=True, kw_only=True)
 class PruneResult:
-    """Shapes before and after, and the layers that stayed (counted from 0)."""
+    """What was pruned.
+
+    Attributes:
+        source: Shape before.
+        target: Shape after.
+        kept_layers: The layers that stayed, counted from 0.
+        ranking: How units were ranked.
+        aggregation: Which aggregation of the scores ranked them.
+        score_kept: Share of the sum of scores that an axis kept, by `minitron.config.prune.SIZES`; no entry for an axis
+            that stayed whole or was not ranked by scores.
+        verification: What the verify stage found, in a sentence; None where it was not run.
+    """
 
     source: ModelConfig
     target: ModelConfig
     kept_layers: list[int]
     ranking: str | None
     aggregation: str | None
+    score_kept: dict[str, float]
+    verification: str | None
 
     @property
     def dropped_layers(self) -> list[int]:

@@ -72,10 +72,10 @@ def load_snippet(folder: Path) -> str:
     )
 
 
-def _axis_rows(prune: PruneResult) -> list[tuple[str, int, int, float]]:
-    """Name, size before, size after and share kept of each axis."""
-    pairs = [(name, getattr(prune.source, key), getattr(prune.target, key)) for name, key in _AXES]
-    return [(name, before, after, after / before) for name, before, after in pairs]
+def _axis_rows(prune: PruneResult) -> list[tuple[str, int, int, float, float | None]]:
+    """Name, size before, size after, share kept and share of the scores kept of each axis."""
+    rows = [(name, key, getattr(prune.source, key), getattr(prune.target, key)) for name, key in _AXES]
+    return [(name, before, after, after / before, prune.score_kept.get(key)) for name, key, before, after in rows]
 
 
 def _printable(text: str) -> str:

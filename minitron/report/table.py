@@ -8,7 +8,15 @@ from rich.markup import escape
 from rich.table import Table
 
 from minitron.report import format as fmt
-from minitron.report.data import ReportData, Role
+from minitron.report.data import PruneResult, ReportData, Role
+
+_AXES = {
+    "num_layers": "layers",
+    "hidden_size": "hidden",
+    "ffn_hidden_size": "ffn",
+    "num_attention_heads": "heads",
+    "num_query_groups": "groups",
+}
 
 
 def print_table(data: ReportData, console: Console) -> None:
@@ -20,6 +28,7 @@ def print_table(data: ReportData, console: Console) -> None:
     console.print("gap recovered: (pruned - model) / (pruned - teacher)", style="dim")
     if data.same_training:
         console.print("random init: the same shape, tokens and schedule, without teacher", style="dim")
+    console.print(_pruned(data.prune), style="dim", markup=False, highlight=False)
     for note in data.notes:
         console.print(f"note: {note}", style="yellow", markup=False, highlight=False)
     # Paths stay whole, for copying, however long they are.
@@ -44,6 +53,21 @@ def _table(data: ReportData) -> Table:
             style="bold" if model.role is Role.distilled else None,
         )
     return table
+
+
+def _pruned(prune: PruneResult) -> str:
+    """What was dropped, what share of the scores that left, and whether it was verified."""
+    parts = []
+    for size, name in _AXES.items():
+        before, after = getattr(prune.source, size), getattr(prune.target, size)
+        share = prune.score_kept.get(size)
+        scores = "" if share is None else f" ({fmt.share(share)} of the scores)"
+        if before != after:
+            parts.append(f"{name} {before} -> {after}{scores}")
+    if prune.dropped_layers:
+        parts.append(f"without layers {', '.join(map(str, prune.dropped_layers))}")
+    verified = "verified" if prune.verification else "not verified"
+    return f"pruned: {', '.join(parts) or 'nothing'}; {verified}"
 
 
 def _short(path: Path) -> str:

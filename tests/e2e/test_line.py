@@ -70,6 +70,8 @@ def test_whole_line_on_two_processes(line: Line) -> None:
     assert set(_metas(line.run)) == set(LINE)
     assert list((line.run / ".partial").iterdir()) == []
     assert "tensor 1 x pipeline 2 x data 1 = 2 ranks" in line.first.stdout
+    verified = _metas(line.run)["verify"]["summary"]
+    assert verified["masked_teacher"] == "not compared (prune.reconstruct.enabled=true)"
     assert (line.run / "report" / "report.html").read_text().lstrip().lower().startswith("<!doctype html")
     assert json.loads((line.run / "report" / "report.json").read_text())
     assert [record["step"] for record in line.distill_metrics] == list(range(1, 21))  # 5120 / (8 x 32)
@@ -181,7 +183,7 @@ def test_full_disk_is_one_line_and_the_run_goes_on(small_disk: Path) -> None:
     assert full.returncode == 8, full.stdout + full.stderr
     message = _one_error(full)
     assert "no space left for " in message
-    failing = re.findall(r"^\[ *\d+/12\] (\w+) \.\.\.$", full.stdout, re.MULTILINE)[-1]
+    failing = re.findall(r"^\[ *\d+/13\] (\w+) \.\.\.$", full.stdout, re.MULTILINE)[-1]
     assert f"/.partial/{failing}" in message
     assert not (small_disk / "tiny" / failing).exists()
 

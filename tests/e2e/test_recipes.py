@@ -41,8 +41,9 @@ def test_ablation_of_every_recipe(tmp_path: Path) -> None:
 
 
 def test_chain_with_a_corrected_teacher(tmp_path: Path) -> None:
+    first = "{name: first, prune: {ffn_hidden_size: 112}, num_tokens: 0}"  # only pruned, and pruned again
     small = "{name: small, prune: {num_layers: 2, hidden_size: 48}, num_tokens: 768}"
-    chain = f"chain=[{{name: mid, prune: {{num_layers: 3, hidden_size: 56}}}}, {small}]"
+    chain = f"chain=[{first}, {{name: mid, prune: {{num_layers: 3, hidden_size: 56}}}}, {small}]"
     _run(
         tmp_path,
         "compress",
@@ -57,8 +58,15 @@ def test_chain_with_a_corrected_teacher(tmp_path: Path) -> None:
     }
     assert [metas[step]["summary"]["tokens"] for step in metas] == [1280, 768]
     assert all("correct" in meta["inputs"] for meta in metas.values())
-    spec = json.loads((run / "steps" / "small" / "prune" / "prune_spec.json").read_text())
-    assert (spec["source"]["num_layers"], spec["source"]["hidden_size"]) == (3, 56)
+    assert {folder.name for folder in (run / "steps" / "first").iterdir()} == {
+        "score",
+        "prune",
+        "verify",
+        "eval_pruned",
+    }
+    sizes = ("num_layers", "hidden_size", "ffn_hidden_size")
+    sources = [json.loads((run / "steps" / s / "prune" / "prune_spec.json").read_text())["source"] for s in metas]
+    assert [[source[size] for size in sizes] for source in sources] == [[4, 64, 112], [3, 56, 112]]
     model = AutoModelForCausalLM.from_pretrained(run / "steps" / "small" / "export" / "hf")
     assert (model.config.num_hidden_layers, model.config.hidden_size) == (2, 48)
     assert torch.isfinite(model(torch.arange(8)[None]).logits).all()

@@ -6,6 +6,7 @@ LINE = [
     "eval_teacher",
     "score",
     "prune",
+    "verify",
     "eval_pruned",
     "distill",
     "eval_distilled",

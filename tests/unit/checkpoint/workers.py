@@ -4,11 +4,10 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing import ShardedTensor
 
 from minitron.checkpoint.folder import read_model_config, write_model_config
-from minitron.checkpoint.model_io import load_model, save_model
+from minitron.checkpoint.model_io import load_model, save_model, save_sharded
 from minitron.checkpoint.store import CheckpointWriter
 from minitron.compat.cpu import CPU_LAYER
 from minitron.config.parallel import ParallelConfig
@@ -48,11 +47,8 @@ def save_by_megatron(out: Path, whole: torch.Tensor) -> None:
         for layer in range(len(whole))
     }
     state["common"] = ShardedTensor.from_rank_offsets("common", whole[0], replica_id=rank)
-    if rank == 0:
-        out.mkdir()
-    dist.barrier()
     with CPU_LAYER.in_force():
-        dist_checkpointing.save(state, str(out))
+        save_sharded(state, out)
 
 
 def write_boxes(out: Path, whole: torch.Tensor, *, leave_hole: bool = False) -> str:

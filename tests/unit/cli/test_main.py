@@ -253,6 +253,20 @@ def test_no_tokenizer(fails: Fails, model: Path) -> None:
             ["prune.drop_layers=[1]", "prune.num_layers=2"],
             "prune.num_layers=2 contradicts prune.drop_layers, which leaves 4 - 1 = 3 layers",
         ),
+        (
+            7,
+            [
+                "source.random.num_query_groups=8",
+                "prune.num_attention_heads=2",
+                "prune.num_query_groups=2",
+                "prune.head_residual=paper",
+                "prune.reconstruct.enabled=false",
+            ],
+            "of 8 heads that may be merged (num_attention_heads=8, num_query_groups=8) only 2 are kept",
+        ),
+        (3, ["prune.head_residual=laco"], "but prune.reconstruct fits linear_qkv anew; set prune.reconstruct.enabled="),
+        (3, ["prune.spec=a.json", "prune.num_layers=3"], "would not be read; set prune.num_layers=null"),
+        (7, ["prune.spec=/nowhere/spec.json"], "/nowhere/spec.json is no readable prune spec (FileNotFoundError"),
         (4, ["data.seq_length=512"], "data.seq_length=512 is longer than the model's 256 positions"),
         (
             4,

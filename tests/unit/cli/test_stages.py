@@ -6,9 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from minitron.cli.job import wanted_stages
-from minitron.cli.stages import stages_of
+from minitron.cli.job import check_models, source_model, wanted_stages
+from minitron.cli.stages import random_ranking, stages_of
 from minitron.config.compose import compose_run
+from minitron.config.prune import PruneConfig, Ranking
 from minitron.config.run import RunConfig
 from minitron.config.score import Aggregation
 from minitron.config.teacher_logits import TeacherLogitsConfig
@@ -17,11 +18,12 @@ from minitron.distill.cache_format import CacheIdentity, write_identity
 from minitron.errors import ArtefactError, ConfigError
 from minitron.models.random_source import random_model
 from minitron.pipeline import plan_stages
+from minitron.prune.ranking import choose
 from minitron.prune.scores import random_scores
 from minitron.runtime.artefact import RunFolder
 from tests.helpers.line import LINE
 
-AFTER_PRUNE = "prune eval_pruned distill eval_distilled baseline eval_baseline export report"
+AFTER_PRUNE = "prune verify eval_pruned distill eval_distilled baseline eval_baseline export report"
 AFTER_SCORE = f"score {AFTER_PRUNE}"
 
 
@@ -294,6 +296,23 @@ def test_the_teachers_layout_does_not_count_and_its_content_does(base: list[str]
         assert changed == ["distill", "eval_distilled", "export", "report"]
 
 
+def test_a_given_spec_needs_no_scores_and_counts_by_its_content(base: list[str], tmp_path: Path) -> None:
+    source = source_model(compose_run(base))
+    sizes = PruneConfig(hidden_size=48, drop_layers=[1], ranking=Ranking.random)
+    none = [f"prune.{name}=null" for name in ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads")]
+    for name in ("a", "b", "c"):
+        choose(source, replace(sizes, seed=ord(name) // 99), scores=None, source_id="x").save(tmp_path / name)
+    a, b, c = (compose_run([*base, *none, f"prune.spec={tmp_path / name}"]) for name in "abc")
+    check_models(a)
+    needs = {stage.name: stage.needs for stage in stages_of(a)}
+    assert needs["prune"] == ("import", "data")
+    assert _digests(a) == _digests(b)
+    changed = [stage for stage in LINE if _digests(a)[stage] != _digests(c)[stage]]
+    assert changed == LINE[LINE.index("prune") :]
+    control = random_ranking(a).prune
+    assert (control.spec, control.hidden_size, control.num_layers) == (None, 48, 3)
+
+
 def test_random_ranking_needs_no_scores(base: list[str]) -> None:
     needs = {stage.name: stage.needs for stage in stages_of(compose_run([*base, "prune.ranking=random"]))}
     assert needs["prune"] == ("import", "data")
@@ -316,7 +335,7 @@ def test_stages_of_each_verb(base: list[str]) -> None:
     assert wanted_stages("train", config) == ["baseline"]
     assert wanted_stages("teacher-logits", config) == ["teacher_logits"]
     assert wanted_stages("compress", compose_run([*base, "distill.teacher.source=cached"])) == CACHED
-    for verb in ("import", "data", "score", "prune", "distill", "export", "report"):
+    for verb in ("import", "data", "score", "prune", "verify", "distill", "export", "report"):
         assert wanted_stages(verb, config) == [verb]
     assert wanted_stages("eval", config) == ["eval_teacher"]  # nothing else is done
     without = wanted_stages("compress", compose_run([*base, "baseline.enabled=false"]))
@@ -324,7 +343,7 @@ def test_stages_of_each_verb(base: list[str]) -> None:
 
 
 CHAIN = "chain=[{name: mid, prune: {hidden_size: 56}}, {name: small, prune: {hidden_size: 48}, num_tokens: 2560}]"
-STEP = ["score", "prune", "eval_pruned", "distill", "eval_distilled", "export", "report"]
+STEP = ["score", "prune", "verify", "eval_pruned", "distill", "eval_distilled", "export", "report"]
 
 
 def test_chain_goes_down_step_by_step_with_the_original_as_teacher(base: list[str]) -> None:
@@ -374,9 +393,25 @@ def test_steps_of_a_chain_share_the_cache_of_the_original(base: list[str], monke
     assert seen == [7680, 9728]
 
 
+def test_a_step_of_no_tokens_only_prunes_and_the_next_prunes_that(base: list[str]) -> None:
+    steps = "{name: width, prune: {hidden_size: 56}, num_tokens: 0}, {name: depth, prune: {num_layers: 3}}"
+    config = compose_run([*base, f"chain=[{steps}]", "baseline.enabled=false"])
+    check_models(config)
+    wanted = wanted_stages("compress", config)
+    shared, pruning = ["import", "data", "eval_teacher"], ["score", "prune", "verify", "eval_pruned"]
+    assert wanted == [*shared, *(f"steps/width/{s}" for s in pruning), *(f"steps/depth/{s}" for s in STEP)]
+    stages = {stage.name: stage for stage in stages_of(config)}
+    assert stages["steps/depth/score"].needs == ("steps/width/prune", "data")
+    assert stages["steps/depth/prune"].needs == ("steps/width/prune", "steps/depth/score", "data")
+    assert stages["steps/depth/distill"].needs == ("import", "steps/depth/prune", "data")
+
+
 @pytest.mark.parametrize(
     "chain",
     [
+        "[{name: a}, {name: b, num_tokens: 0}]",
+        "[{name: a, num_tokens: 0}, {name: b, teacher: previous}]",
+        "[{name: a, num_tokens: -1}]",
         "[{name: a/b}]",
         "[{prune: {hidden_size: 8}}]",
         "[{name: a}, {name: a}]",

@@ -242,6 +242,8 @@ def test_flat_values() -> None:
         "prune.reconstruct.micro_batch_size": 4,
         "prune.reconstruct.damping": 0.01,
         "prune.reconstruct.modules": ["linear_qkv", "linear_proj", "linear_fc1", "linear_fc2"],
+        "prune.head_residual": "none",
+        "prune.spec": None,
     }
     nested = flat_values(RunConfig(), "run")
     assert nested["run.distill.train.lr"] == 1e-4

@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import LlamaForCausalLM
 
 from minitron.config.parallel import ParallelConfig
-from minitron.config.prune import PruneConfig
+from minitron.config.prune import HeadResidual, PruneConfig
 from minitron.config.score import Aggregation, HeadNorm, ScoreConfig
 from minitron.prune.ranking import choose
 from minitron.prune.scores import Scores, random_scores
@@ -130,7 +130,9 @@ def test_channel_norm_joins_over_tensor_parallel_ranks(pool: WorkerPool, source:
 
 
 def test_any_number_of_ranks_prunes_to_the_same_bits(pool: WorkerPool, source: Path, tmp_path: Path) -> None:
-    target = PruneConfig(num_layers=3, hidden_size=12, ffn_hidden_size=9, num_attention_heads=4)
+    target = PruneConfig(
+        num_layers=3, hidden_size=12, ffn_hidden_size=9, num_attention_heads=4, head_residual=HeadResidual.paper
+    )
     scores = random_scores(MODEL, Aggregation.l2_mean, 0)
     spec = choose(MODEL, target, scores=scores, source_id="random")
     apply_spec(spec, source=source, out=tmp_path / "one")

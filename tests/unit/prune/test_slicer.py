@@ -13,6 +13,7 @@ from minitron.config.model import ModelConfig
 from minitron.config.prune import PruneConfig
 from minitron.config.score import Aggregation
 from minitron.errors import CheckpointError, PruneError
+from minitron.models.axes import num_parameters
 from minitron.prune import slicer
 from minitron.prune.ranking import choose
 from minitron.prune.scores import Scores, random_scores
@@ -195,11 +196,11 @@ def test_chunks_padding_and_progress(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert steps == [(n + 1, total) for n in range(total)]
 
 
-def test_ranks_deal_every_item_once() -> None:
+def test_items_are_the_whole_source_once() -> None:
     spec = PruneSpec.identity(shape())
     items = list(slicer.slice_items(spec, dict.fromkeys(_keys(spec), 8)))
-    dealt = [item for rank in range(3) for item in items[rank::3]]
-    assert len(dealt) == len(set(dealt)) == len(items)
+    assert len({item for item, _ in items}) == len(items)
+    assert sum(num_bytes for _, num_bytes in items) == 8 * num_parameters(spec.source)
 
 
 def _keys(spec: PruneSpec) -> list[str]:

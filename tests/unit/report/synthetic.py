@@ -37,6 +37,7 @@ SECONDS = {
     "eval_teacher": 42.0,
     "score": 75.0,
     "prune": 4.25,
+    "verify": 3.5,
     "eval_pruned": 25.0,
     "distill": 5025.0,
     "eval_distilled": 25.5,
@@ -93,6 +94,8 @@ def _summary(stage: str) -> dict[str, Any]:
     return {
         "import": {"source": "gguf", "name": "SmolLM2-135M-Instruct"},
         "distill": {"teacher_parameters": SOURCE_PARAMETERS},
+        "prune": {"score_kept_layers": 0.9731, "score_kept_ffn": 0.88, "layers": "30 -> 24"},
+        "verify": {"sequences": 2, "tokens": 128, "masked_teacher_error": 3.1e-6},
         "export": {"max_logit_error": 2.5e-5, "size_bytes": 3_000},
     }.get(stage, {})
 

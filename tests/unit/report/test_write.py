@@ -105,8 +105,10 @@ def test_page_shows_the_numbers(report_dir: Path) -> None:
     assert "loss is 1.000 nats/token higher than the teacher's and 4.000 nats/token lower than right after" in text
     assert "It is 2.500 nats/token lower than that of the random-init control" in text
     assert "same number of tokens and the same schedule" in text
-    assert "layers 30 24 80.0 %" in text
-    assert "query groups per layer 3 3 all" in text
+    assert "layers 30 24 80.0 % 97.3 %" in text
+    assert "query heads per layer 9 6 66.7 % -" in text
+    assert "query groups per layer 3 3 all -" in text
+    assert "Checked: on 128 tokens of calibration text the pruned model's logits are finite, and those of" in text
     assert "Dropped layers, counted from 0: 21, 22, 23, 24, 25, 26." in text
     assert "student, forward and backward 6 N D 819.2k 3.52e14" in text  # 6 x 71.6e6 x 819200
     assert "teacher, forward 2 N t D 819.2k 2.20e14" in text  # 2 x 134.5e6 x 819200
