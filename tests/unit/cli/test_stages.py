@@ -53,7 +53,7 @@ def _digests(config: RunConfig, wanted: list[str] = LINE) -> dict[str, str]:
         ("precision.fp8_recipe=mxfp8", ""),  # there is no FP8
         (
             "precision.dtype=bf16",
-            "eval_teacher score prune eval_pruned distill eval_distilled baseline eval_baseline export report",
+            "eval_teacher score prune verify eval_pruned distill eval_distilled baseline eval_baseline export report",
         ),
         ("distill.cross_entropy.mixing=scaled", ""),  # nothing is mixed in
         ("distill.cross_entropy.weight=0.5", "distill eval_distilled export report"),
