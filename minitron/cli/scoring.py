@@ -60,12 +60,11 @@ def questions_outside(config: RunConfig) -> dict[str, str]:
 
 
 def prune_outside(config: RunConfig) -> dict[str, str]:
-    """Content of ``prune.scores`` and of ``prune.spec``."""
+    """Content of ``prune.scores``, or of ``prune.spec``."""
     given = config.prune.scores
-    scores = {"scores": scores_fingerprint(Path(given))} if given else {}
-    return scores | given_identity(config.prune)
+    return {"scores": scores_fingerprint(Path(given))} if given else given_identity(config.prune)
 
 
 def verify_values(config: RunConfig) -> Values:
-    """What the models are compared in."""
+    """What the pruned model is run with."""
     return {"precision.dtype": config.precision.dtype.value, "seed": config.seed}

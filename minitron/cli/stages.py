@@ -166,12 +166,9 @@ def line_stages(config: RunConfig) -> list[Stage]:
     """The stages of one step."""
     evaluations = ["eval_teacher", "eval_pruned", "eval_distilled"]
     scores = [] if config.prune.scores else ["score"]
+    score = Stage("score", ("source", "data"), score_values, _action("score"), outside=questions_outside)
     pruning = [
-        *(
-            [Stage("score", ("source", "data"), score_values, _action("score"), outside=questions_outside)]
-            if scores
-            else []
-        ),
+        *([score] if scores else []),
         Stage(
             "prune",
             prune_needs(config),

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from minitron.config.precision import Dtype
-from minitron.config.prune import HeadResidual
+from minitron.config.prune import HeadResidual, PruneConfig
 from minitron.data.loader import calibration_batches
 from minitron.errors import NumericsError
 from minitron.eval.logits import logit_error, model_logits
@@ -48,7 +48,7 @@ def verify(session: Session, _out: Path) -> dict[str, Any]:
                 "(`minitron eval`), and set precision.dtype=fp32 if that is finite"
             )
         summary = {"sequences": pruned_BSV.shape[0], "tokens": pruned_BSV.shape[0] * pruned_BSV.shape[1]}
-        changed = _changed(session, spec)
+        changed = _what_changed(spec, session.config.prune)
         if changed:
             return {**summary, "masked_teacher": f"not compared ({changed})"}
         error = logit_error(pruned_BSV, _logits(whole, run.stage("source"), masked_to=spec))
@@ -62,12 +62,12 @@ def verify(session: Session, _out: Path) -> dict[str, Any]:
     return {**summary, "masked_teacher_error": error}
 
 
-def _changed(session: Session, spec: PruneSpec) -> str:
-    """The setting by which pruning did more than cut, if there is one."""
+def _what_changed(spec: PruneSpec, config: PruneConfig) -> str | None:
+    """The setting by which pruning changed what it kept."""
     if spec.head_residual is not HeadResidual.none:
         return f"prune.head_residual={spec.head_residual}"
-    fitted = session.config.prune.reconstruct.enabled and spec.source != spec.target
-    return "prune.reconstruct.enabled=true" if fitted else ""
+    fitted = config.reconstruct.enabled and spec.source != spec.target
+    return "prune.reconstruct.enabled=true" if fitted else None
 
 
 def _logits(session: Session, folder: Path, *, masked_to: PruneSpec | None = None) -> Tensor:

@@ -4,7 +4,7 @@ from dataclasses import dataclass, field, replace
 from enum import StrEnum
 
 from minitron.config.model import ModelConfig
-from minitron.config.reconstruct import ReconstructConfig
+from minitron.config.reconstruct import Linear, ReconstructConfig
 from minitron.config.score import Aggregation, DepthMetric
 from minitron.errors import ConfigError, PruneError
 
@@ -121,9 +121,8 @@ class PruneConfig:
 
     def _check_alone(self) -> None:
         """A given spec says all there is to say."""
-        unread = [f"prune.{name}=null" for name in (*SIZES, "drop_layers") if getattr(self, name) is not None]
-        if self.scores is not None:
-            unread.append("prune.scores=null")
+        names = (*SIZES, "drop_layers", "scores")
+        unread = [f"prune.{name}=null" for name in names if getattr(self, name) is not None]
         if self.head_residual is not HeadResidual.none:
             unread.append(f"prune.head_residual={HeadResidual.none}")
         if unread:
@@ -131,6 +130,20 @@ class PruneConfig:
                 f"prune.spec={self.spec} says which units are kept, so other settings of prune would not be read; "
                 f"set {' '.join(unread)}"
             )
+
+
+def check_merging(config: PruneConfig) -> None:
+    """Refuse to merge query heads into what is fitted anew afterwards.
+
+    Raises:
+        ConfigError: Both are asked for.
+    """
+    merging, fitting = config.head_residual, config.reconstruct
+    if merging is not HeadResidual.none and fitting.enabled and Linear.linear_qkv in fitting.modules:
+        raise ConfigError(
+            f"prune.head_residual={merging} merges query heads, but prune.reconstruct fits linear_qkv anew; set "
+            "prune.reconstruct.enabled=false, or prune.head_residual=none"
+        )
 
 
 def check_target(model: ModelConfig, config: PruneConfig) -> ModelConfig:

@@ -8,6 +8,7 @@ from minitron.config.fp8 import check_fp8_tokens
 from minitron.config.launch import nodes_of
 from minitron.config.line import Ancestor, check_chain
 from minitron.config.parallel import ParallelConfig
+from minitron.config.prune import check_merging
 from minitron.config.run import RunConfig, SourceKind
 from minitron.config.search import candidate_training, rung_steps
 from minitron.config.teacher_layout import TeacherLayout, own_layout
@@ -34,6 +35,7 @@ def validate(run: RunConfig) -> None:
     check_chain(run.chain)
     for prune in [step.prune for step in run.chain] or [run.prune]:
         check_depth(run.score, prune)
+        check_merging(prune)
     for number, step in enumerate(run.chain):
         train = in_step(run, step).distill.train
         if step.num_tokens != 0:

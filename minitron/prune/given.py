@@ -69,7 +69,7 @@ def at_random(config: PruneConfig) -> PruneConfig:
         PruneError: A given spec cannot be read.
     """
     if config.spec is None:
-        return replace(config, ranking=Ranking.random)
+        return replace(config, ranking=Ranking.random, scores=None)
     target = PruneSpec.load(Path(config.spec)).target
     sizes = {name: getattr(target, name) for name in SIZES}
     return replace(config, ranking=Ranking.random, spec=None, **sizes)

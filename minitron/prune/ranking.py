@@ -18,8 +18,8 @@ def choose(source: ModelConfig, config: PruneConfig, *, scores: Scores | None, s
     Channels: the scores of a channel are summed over the norms of the source that ``prune.hidden_norms`` names
     (dropped layers included, as in paper 1) and ranked once for the whole network, because the residual stream
     shares them. Neurons and heads: ranked layer by layer, the same count in each. Heads are ranked
-    inside their query group. Layers: see `kept_layers`. Among equal scores the lower number is kept.
-    Dropped heads are paired with kept ones where ``head_residual`` asks for it.
+    inside their query group. Layers: see `kept_layers`. Among equal scores the lower number is kept. Dropped heads are
+    paired with kept ones where ``head_residual`` asks for it.
 
     Args:
         source: The model to prune.

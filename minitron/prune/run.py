@@ -12,7 +12,7 @@ from transformers import AutoTokenizer
 from minitron.checkpoint.folder import read_model_config, side_dir
 from minitron.config.depth import depth_plan
 from minitron.config.model import ModelConfig
-from minitron.config.prune import check_target
+from minitron.config.prune import HeadResidual, check_target
 from minitron.config.score import DepthMetric
 from minitron.data.batch import Batch
 from minitron.data.loader import FixedBatches, calibration_batches
@@ -27,7 +27,7 @@ from minitron.prune.rounds import score_in_rounds
 from minitron.prune.scores import Scores
 from minitron.prune.slicer import apply_spec
 from minitron.prune.spec import PruneSpec
-from minitron.prune.summary import check_parameters, describe
+from minitron.prune.summary import check_parameters, describe, scores_kept
 from minitron.runtime.progress import StageProgress
 from minitron.runtime.session import Session
 
@@ -130,7 +130,7 @@ def _in_rounds(stage: _ScoreStage, model: Path, scratch: Path) -> Scores:
     session = stage.session
     config, groups = session.config, session.groups
     source = read_model_config(model)
-    ranking = replace(config.prune, num_layers=None, drop_layers=None)
+    ranking = replace(config.prune, num_layers=None, drop_layers=None, head_residual=HeadResidual.none)
 
     def folder(done: int) -> Path:
         return scratch / str(done) if done else model
@@ -195,8 +195,12 @@ def prune(
         )
     check_parameters(out, spec.target)
     if loaded is None:
-        return describe(spec, width=None, layer=None)
-    return describe(spec, width=loaded.for_aggregation(config.aggregation), layer=loaded.layer)
+        return describe(spec)
+    width = loaded.for_aggregation(config.aggregation)
+    hidden = loaded.channels(config.aggregation, config.hidden_norms)
+    one_by_one = config.depth_metric is DepthMetric.block_importance and config.drop_layers is None
+    layer = loaded.layer if one_by_one else None
+    return describe(spec) | scores_kept(spec, ffn=width.ffn, head=width.head, hidden=hidden, layer=layer)
 
 
 def _fitted(

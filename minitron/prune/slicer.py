@@ -169,9 +169,8 @@ def apply_spec(
         write_model_config(out, spec.target)
         copy_side_files(source, out)
     sizes = {key: info.dtype.itemsize for key, info in reader.tensors.items()}
-    sized = slice_items(spec, sizes)
-    wanted = ((item, size) for item, size in sized if fitted is None or item.param.key not in fitted.keys)
-    items = deal(wanted, rank=rank, world_size=world_size)
+    todo = (pair for pair in slice_items(spec, sizes) if fitted is None or pair[0].param.key not in fitted.keys)
+    items = deal(todo, rank=rank, world_size=world_size)
     for done, (item, kept) in enumerate(read_ahead(items, _Slicing(spec, reader).read), start=1):
         _write_item(item, kept, spec, writer)
         if on_progress is not None:
@@ -200,7 +199,7 @@ class _Slicing:
         self._turn = 0
 
     def read(self, item: SliceItem) -> Tensor:
-        """Read one item, and slice it."""
+        """Read one item, and slice it; without its layer dimension."""
         spec, param = self._spec, item.param
         lengths = list(global_shape(param, spec.source))
         offsets = [0] * len(lengths)
@@ -213,9 +212,7 @@ class _Slicing:
         if layer_shape(param, spec.source) != layer_shape(param, spec.target):
             source = self._workspace.memory("source")
         tensor = self._reader.read(param.key, offsets, lengths, source)
-        if item.layer is None:
-            return slice_param(param, tensor, None, spec, result)
-        return slice_param(param, tensor.squeeze(0), item.layer, spec, result)
+        return slice_param(param, tensor if item.layer is None else tensor.squeeze(0), item.layer, spec, result)
 
 
 def _check_tensors(spec: PruneSpec, shapes: Mapping[str, tuple[int, ...]], source: Path) -> None:

@@ -12,7 +12,6 @@ from minitron.config.prune import SIZES, HeadResidual
 from minitron.errors import CheckpointError
 from minitron.models.axes import num_embedding_parameters, num_parameters
 from minitron.prune.depth_scores import Floats
-from minitron.prune.scores import WidthScores
 from minitron.prune.spec import PruneSpec, write_units
 
 _NAMES = {
@@ -47,49 +46,47 @@ def check_parameters(folder: Path, target: ModelConfig) -> int:
     return count
 
 
-def describe(spec: PruneSpec, *, width: WidthScores | None, layer: Floats | None) -> dict[str, object]:
-    """The summary of a prune stage: sizes, what was dropped, and the share of the scores that was kept.
-
-    Args:
-        spec: What is kept.
-        width: Scores that channels, neurons and heads were ranked by; None where there were none.
-        layer: Scores that layers were ranked by.
-    """
+def describe(spec: PruneSpec) -> dict[str, object]:
+    """Sizes before and after, and what was dropped, for the summary of a prune stage."""
     source, target = spec.source, spec.target
     summary: dict[str, object] = {}
     for size in SIZES:
         before, after = getattr(source, size), getattr(target, size)
         if size != "num_query_groups" or before != after:
             summary[_NAMES[size]] = f"{before} -> {after}"
-    dropped = [number for number in range(source.num_layers) if number not in spec.layers]
-    if dropped:
-        summary["dropped_layers"] = write_units(dropped)
+    summary["dropped_layers"] = write_units([n for n in range(source.num_layers) if n not in spec.layers])
     if spec.head_residual is not HeadResidual.none:
         summary["merged_heads"] = sum(map(len, spec.head_pairs))
     summary["parameters"] = num_parameters(target)
     summary["non_embedding"] = num_parameters(target) - num_embedding_parameters(target)
-    if width is not None and layer is not None:
-        summary |= {f"score_kept_{axis}": round(share, 4) for axis, share in scores_kept(spec, width, layer).items()}
     return summary
 
 
-def scores_kept(spec: PruneSpec, width: WidthScores, layer: Floats) -> dict[str, float]:
-    """Share of the sum of scores that every pruned axis keeps; neurons and heads are those of kept layers.
+def scores_kept(
+    spec: PruneSpec, *, ffn: Floats, head: Floats, hidden: Floats, layer: Floats | None
+) -> dict[str, object]:
+    """Share of the sum of scores that every pruned axis keeps, for the summary; of neurons and heads in kept layers.
 
     Args:
         spec: What is kept.
-        width: Scores of channels (summed over norms), neurons and heads.
-        layer: Scores of the layers, ``[L]``.
+        ffn: Scores of the neurons, ``[L, F]``.
+        head: Scores of the query heads, ``[L, N]``.
+        hidden: Scores of the channels, ``[H]``.
+        layer: Scores of the layers one by one, ``[L]``; None where they were chosen by something else.
     """
-    hidden_H = width.hidden.sum(axis=0)
     sums = {
-        "layers": (layer[spec.layers].sum(), layer.sum()),
-        "hidden": (hidden_H[spec.hidden].sum(), hidden_H.sum()),
-        "ffn": _of_layers(width.ffn, spec.layers, spec.ffn),
-        "heads": _of_layers(width.head, spec.layers, spec.heads),
+        "hidden": (hidden[spec.hidden].sum(), hidden.sum()),
+        "ffn": _of_layers(ffn, spec.layers, spec.ffn),
+        "heads": _of_layers(head, spec.layers, spec.heads),
     }
+    if layer is not None:
+        sums["layers"] = (layer[spec.layers].sum(), layer.sum())
     pruned = {name for size, name in _NAMES.items() if getattr(spec.source, size) != getattr(spec.target, size)}
-    return {axis: float(kept / whole) for axis, (kept, whole) in sums.items() if axis in pruned and whole > 0}
+    return {
+        f"score_kept_{axis}": round(float(kept / whole), 4)
+        for axis, (kept, whole) in sums.items()
+        if axis in pruned and whole > 0
+    }
 
 
 def _of_layers(scores_LX: Floats, layers: list[int], kept: list[list[int]]) -> tuple[float, float]:

@@ -11,6 +11,7 @@ from minitron.config.data import DataConfig, DataSource
 from minitron.config.parallel import ParallelConfig
 from minitron.config.precision import Dtype, PrecisionConfig
 from minitron.config.prune import HeadResidual, PruneConfig, Ranking
+from minitron.config.reconstruct import ReconstructConfig
 from minitron.config.run import RunConfig
 from minitron.data.build import build_dataset
 from minitron.prune import slicer
@@ -41,7 +42,7 @@ def run(tmp_path_factory: pytest.TempPathFactory, teacher: Path) -> tuple[RunCon
         (root / f"{number}.txt").write_text(" ".join(f"line {n} of {number}\n" for n in range(20)))
     data = DataConfig(source=DataSource.files, paths=[str(root)], seq_length=16, num_workers=1, heldout_fraction=0.3)
     build_dataset(data, tokenizer_dir=teacher / "hf", vocab_size=VOCAB_SIZE, out_dir=root / "data")
-    return RunConfig(data=data), root
+    return RunConfig(data=data, prune=PruneConfig(reconstruct=ReconstructConfig(enabled=False))), root
 
 
 def spec_of(run: Path, *, seed: int = 0, **sizes: object) -> PruneSpec:
@@ -101,6 +102,16 @@ def test_merged_heads_are_not_compared(pool: WorkerPool, run: tuple[RunConfig, P
     spec = spec_of(base, num_attention_heads=4, head_residual=HeadResidual.paper, ranking=Ranking.importance)
     (summary,) = pool.run(verified, 1, config, pruned(base, tmp_path / "run", spec), layout())
     assert summary["masked_teacher"] == "not compared (prune.head_residual=paper)"
+
+
+def test_fitted_weights_are_not_compared(pool: WorkerPool, run: tuple[RunConfig, Path], tmp_path: Path) -> None:
+    config, base = run
+    fitted = replace(config, prune=PruneConfig())
+    (summary,) = pool.run(verified, 1, fitted, pruned(base, tmp_path / "run", spec_of(base, num_layers=3)), layout())
+    assert summary["masked_teacher"] == "not compared (prune.reconstruct.enabled=true)"
+    whole = pruned(base, tmp_path / "whole", spec_of(base))  # nothing is cut, so nothing is fitted
+    (summary,) = pool.run(verified, 1, fitted, whole, layout())
+    assert summary["masked_teacher_error"] == 0
 
 
 def test_logits_that_are_not_finite(

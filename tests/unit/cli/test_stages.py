@@ -53,7 +53,7 @@ def _digests(config: RunConfig, wanted: list[str] = LINE) -> dict[str, str]:
         ("precision.fp8_recipe=mxfp8", ""),  # there is no FP8
         (
             "precision.dtype=bf16",
-            "eval_teacher score prune eval_pruned distill eval_distilled baseline eval_baseline export report",
+            "eval_teacher score prune verify eval_pruned distill eval_distilled baseline eval_baseline export report",
         ),
         ("distill.cross_entropy.mixing=scaled", ""),  # nothing is mixed in
         ("distill.cross_entropy.weight=0.5", "distill eval_distilled export report"),
@@ -319,7 +319,7 @@ def test_a_given_spec_needs_no_scores_and_counts_by_its_content(base: list[str],
     a, b, c = (compose_run([*base, *none, f"prune.spec={tmp_path / name}"]) for name in "abc")
     check_models(a)
     needs = {stage.name: stage.needs for stage in stages_of(a)}
-    assert needs["prune"] == ("import",)
+    assert needs["prune"] == ("import", "data")
     assert _digests(a) == _digests(b)
     changed = [stage for stage in LINE if _digests(a)[stage] != _digests(c)[stage]]
     assert changed == LINE[LINE.index("prune") :]
@@ -416,7 +416,7 @@ def test_a_step_of_no_tokens_only_prunes_and_the_next_prunes_that(base: list[str
     assert wanted == [*shared, *(f"steps/width/{s}" for s in pruning), *(f"steps/depth/{s}" for s in STEP)]
     stages = {stage.name: stage for stage in stages_of(config)}
     assert stages["steps/depth/score"].needs == ("steps/width/prune", "data")
-    assert stages["steps/depth/prune"].needs == ("steps/width/prune", "steps/depth/score")
+    assert stages["steps/depth/prune"].needs == ("steps/width/prune", "steps/depth/score", "data")
     assert stages["steps/depth/distill"].needs == ("import", "steps/depth/prune", "data")
 
 
