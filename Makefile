@@ -6,7 +6,7 @@ PY := .venv/bin/python
 CODE := minitron tests
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-gpu test-docker test-slurm check bench format lock clean
+.PHONY: help setup demo test test-gpu test-docker test-slurm check bench tables format lock clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' Makefile
@@ -32,9 +32,14 @@ test-slurm: setup ## as root: compress as jobs of a SLURM cluster made here (ins
 check: setup ## lint, format, types, import layers
 	@sh .ci/check.sh
 
-bench: setup ## run every benchmark in tests/bench
-	@for file in tests/bench/[a-z]*.py; do \
-		[ -e "$$file" ] || { echo "no benchmark in tests/bench"; break; }; \
+bench: setup ## run the timings in tests/bench, a quarter of an hour
+	@for file in $(filter-out %_table.py %__init__.py,$(wildcard tests/bench/*.py)); do \
+		name=$$(basename "$$file" .py); \
+		echo "== tests.bench.$$name"; $(PY) -m "tests.bench.$$name" $(ARGS) || exit 1; \
+	done
+
+tables: setup ## run the measurements on SmolLM2 in tests/bench/*_table.py, hours
+	@for file in $(wildcard tests/bench/*_table.py); do \
 		name=$$(basename "$$file" .py); \
 		echo "== tests.bench.$$name"; $(PY) -m "tests.bench.$$name" $(ARGS) || exit 1; \
 	done
