@@ -24,7 +24,7 @@ SHARED = ["import", "data", "eval_teacher", "score"]
 
 @pytest.fixture
 def base(tmp_path: Path) -> list[str]:
-    (tmp_path / "text.txt").write_text("Some text.\n" * 50)
+    (tmp_path / "text.txt").write_text("Some text.\n" * 5000)
     return ["experiment=tiny", f"runs_dir={tmp_path}", "data=files", f"data.paths=[{tmp_path / 'text.txt'}]"]
 
 
@@ -73,7 +73,7 @@ def test_what_comes_before_the_candidates_is_the_lines_own(base: list[str]) -> N
         ("search.eval_tokens=256", "eval_pruned distill_8"),
         ("search.lr_warmup_steps=1", "distill_8"),
         ("distill.train.lr=2e-3", "distill_8"),
-        ("prune.aggregation=mean_mean", "prune eval_pruned distill_8"),
+        ("prune.hidden_norms=[input]", "prune eval_pruned distill_8"),
     ],
 )
 def test_what_a_setting_changes(base: list[str], override: str, changed: str) -> None:
@@ -167,6 +167,6 @@ def test_mistakes_before_any_work(refused: Callable[..., str]) -> None:
 def test_ranks_that_are_there_already_cannot_work_side_by_side(
     refused: Callable[..., str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for name, value in (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0")):
+    for name, value in (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0"), ("MASTER_ADDR", "localhost"), ("MASTER_PORT", "1")):
         monkeypatch.setenv(name, value)
     assert "search.workers=2 starts ranks of its own; set it to 1 under torchrun" in refused(*GRID, "search.workers=2")

@@ -24,7 +24,7 @@ from minitron.runtime.artefact import RunFolder
 from minitron.runtime.slurm import job_states, read_jobs
 
 TWO = ["parallel.pipeline_model_parallel_size=2"]
-SLURM = ["launch=slurm", "cluster=generic"]
+SLURM = ["prune.reconstruct.enabled=false", "launch=slurm", "cluster=generic"]
 
 FAKE = """#!/bin/bash
 # Numbers jobs from 101; refuses the one that $REFUSED names; squeue shows what is in the file "queue".
@@ -83,6 +83,7 @@ def test_jobs_are_the_stages_with_what_they_wait_for() -> None:
         ("eval_teacher", ("eval_teacher",), ("import",), two),
         ("score", ("score",), ("import",), two),
         ("prune", ("prune",), ("score",), one),
+        ("verify", ("verify",), ("prune",), two),
         ("eval_pruned", ("eval_pruned",), ("prune",), two),
         ("distill", ("distill", "eval_distilled"), ("prune",), two),
         ("baseline", ("baseline", "eval_baseline"), ("prune",), two),
@@ -92,7 +93,8 @@ def test_jobs_are_the_stages_with_what_they_wait_for() -> None:
 
 
 def test_steps_of_a_chain() -> None:
-    jobs = {name: (stages, after) for name, stages, after, _ in _jobs("chain=[{name: a}, {name: b}]")}
+    sliced = "prune: {reconstruct: {enabled: false}}"
+    jobs = {name: (stages, after) for name, stages, after, _ in _jobs(f"chain=[{{name: a, {sliced}}}, {{name: b, {sliced}}}]")}
     assert jobs["a.score"] == (("steps/a/score",), ("import",))
     assert jobs["a.distill"] == (("steps/a/distill", "steps/a/eval_distilled", "steps/b/score"), ("a.prune",))
     assert jobs["b.prune"] == (("steps/b/prune",), ("a.distill",))
@@ -109,13 +111,14 @@ def test_dry_run_prints_every_script_and_writes_nothing(
         "eval_teacher.sbatch, after import",
         "score.sbatch, after import",
         "prune.sbatch, after score",
+        "verify.sbatch, after prune",
         "eval_pruned.sbatch, after prune",
         "distill.sbatch, after prune",
         "baseline.sbatch, after prune",
         "export.sbatch, after distill",
         "report.sbatch, after eval_teacher, eval_pruned, baseline, export",
     ]
-    assert out.count("#!/bin/bash\n") == 9
+    assert out.count("#!/bin/bash\n") == 10
 
 
 DGX = """\
@@ -188,8 +191,8 @@ def test_jobs_are_submitted_in_order(
 ) -> None:
     assert compress(*TWO, "baseline.enabled=false") == 0
     folder = tmp_path / "runs" / "tiny" / "jobs" / "001"
-    after = [[], [101], [101], [103], [104], [104], [106], [102, 105, 107]]
-    names = ["import", "eval_teacher", "score", "prune", "eval_pruned", "distill", "export", "report"]
+    after = [[], [101], [101], [103], [104], [104], [104], [107], [102, 106, 108]]
+    names = ["import", "eval_teacher", "score", "prune", "verify", "eval_pruned", "distill", "export", "report"]
     expected = []
     for name, jobs in zip(names, after, strict=True):
         waits = f"--dependency=afterok:{':'.join(map(str, jobs))} --kill-on-invalid-dep=yes " if jobs else ""
@@ -197,7 +200,7 @@ def test_jobs_are_submitted_in_order(
     assert [call for call in (slurm / "calls").read_text().splitlines() if call.startswith("sbatch")] == expected
     assert [(job, name) for job, name, _ in read_jobs(folder.parents[1])] == list(enumerate(names, start=101))
     table = capsys.readouterr().out
-    assert "106  distill, eval_distilled  2 x 1      104" in table
+    assert "107  distill, eval_distilled  2 x 1      104" in table
     assert "104  prune                    1, CPU     103" in table
     assert load_resolved(folder / "resolved.yaml") == load_resolved(tmp_path / "runs" / "tiny" / "resolved.yaml")
     config = load_resolved(folder / "resolved.yaml")
