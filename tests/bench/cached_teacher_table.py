@@ -1,6 +1,6 @@
 """How far distilling from a cache lands from distilling with the teacher in memory: same data, student and seed.
 
-    python -m tests.bench.cached_teacher_table [key=value ...]      # the demo's model and student; overrides are passed on
+    python -m tests.bench.cached_teacher_table [key=value ...]      # the demo's model and student; overrides are passed
 
 One run folder; the student is distilled anew for every source. Printed for each: bytes per token of the cache, what
 writing it and distilling took, the last held-out loss, and its distance to the online teacher's.

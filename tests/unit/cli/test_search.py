@@ -167,6 +167,12 @@ def test_mistakes_before_any_work(refused: Callable[..., str]) -> None:
 def test_ranks_that_are_there_already_cannot_work_side_by_side(
     refused: Callable[..., str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for name, value in (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0"), ("MASTER_ADDR", "localhost"), ("MASTER_PORT", "1")):
+    for name, value in (
+        ("RANK", "0"),
+        ("WORLD_SIZE", "1"),
+        ("LOCAL_RANK", "0"),
+        ("MASTER_ADDR", "localhost"),
+        ("MASTER_PORT", "1"),
+    ):
         monkeypatch.setenv(name, value)
     assert "search.workers=2 starts ranks of its own; set it to 1 under torchrun" in refused(*GRID, "search.workers=2")

@@ -94,7 +94,10 @@ def test_jobs_are_the_stages_with_what_they_wait_for() -> None:
 
 def test_steps_of_a_chain() -> None:
     sliced = "prune: {reconstruct: {enabled: false}}"
-    jobs = {name: (stages, after) for name, stages, after, _ in _jobs(f"chain=[{{name: a, {sliced}}}, {{name: b, {sliced}}}]")}
+    jobs = {
+        name: (stages, after)
+        for name, stages, after, _ in _jobs(f"chain=[{{name: a, {sliced}}}, {{name: b, {sliced}}}]")
+    }
     assert jobs["a.score"] == (("steps/a/score",), ("import",))
     assert jobs["a.distill"] == (("steps/a/distill", "steps/a/eval_distilled", "steps/b/score"), ("a.prune",))
     assert jobs["b.prune"] == (("steps/b/prune",), ("a.distill",))
