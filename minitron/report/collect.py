@@ -10,7 +10,7 @@ from minitron.checkpoint.folder import read_model_config
 from minitron.config.model import ModelConfig
 from minitron.data.summary import load_summary
 from minitron.errors import ArtefactError
-from minitron.models.axes import num_embedding_parameters, num_parameters
+from minitron.models.axes import num_active_parameters, num_embedding_parameters, num_parameters
 from minitron.report.cost import forward_flops, training_flops
 from minitron.report.data import (
     Cost,
@@ -220,14 +220,15 @@ def _prune_result(run: RunFolder, meta: dict[str, Any]) -> PruneResult:
 
 
 def _cost(shapes: dict[Role, ModelConfig], distill: TrainingCurve, baseline: TrainingCurve | None) -> Cost:
-    student, teacher = num_parameters(shapes[Role.distilled]), num_parameters(shapes[Role.teacher])
+    student, teacher = num_active_parameters(shapes[Role.distilled]), num_active_parameters(shapes[Role.teacher])
+    control = num_active_parameters(shapes[Role.baseline]) if baseline else 0
     tokens = distill.tokens[-1]
     return Cost(
         tokens=tokens,
         student_flops=training_flops(student, tokens),
         teacher_flops=forward_flops(teacher, tokens),
         baseline_tokens=baseline.tokens[-1] if baseline else None,
-        baseline_flops=training_flops(num_parameters(shapes[Role.baseline]), baseline.tokens[-1]) if baseline else None,
+        baseline_flops=training_flops(control, baseline.tokens[-1]) if baseline else None,
     )
 
 
