@@ -52,10 +52,10 @@ class SourceInfo:
 
 @dataclass(frozen=True)
 class _Item:
-    """One piece of work: a parameter of one layer, or rows of an embedding."""
+    """One piece of work: a parameter of one layer (and expert), or rows of an embedding."""
 
     param: ParamAxes
-    layer: int | None
+    index: tuple[int, ...]
     rows: tuple[int, int] | None = None
 
 
@@ -110,11 +110,10 @@ def import_model(
     for done, item in enumerate(items, start=1):
         tensor = _canonical(item, opened, dtype)
         shape = global_shape(item.param, info.model)
-        offsets = [0] * len(shape)
-        if item.layer is not None:
-            offsets[0], tensor = item.layer, tensor.unsqueeze(0)
-        elif item.rows is not None:
+        offsets = [*item.index, *[0] * tensor.dim()]
+        if item.rows is not None:
             offsets[0] = item.rows[0]
+        tensor = tensor.reshape(*[1] * len(item.index), *tensor.shape)
         writer.write(item.param.key, tensor, global_shape=shape, offsets=offsets)
         if on_progress is not None:
             on_progress(done, len(items))
@@ -196,19 +195,19 @@ def _ignored(model: ModelConfig) -> set[str]:
 
 
 def _items(model: ModelConfig, dtype: torch.dtype) -> Iterator[_Item]:
-    for param, layer in blocks(model):
+    for param, index in blocks(model):
         if param.dims[0] is not Dim.vocab:
-            yield _Item(param, layer)
+            yield _Item(param, index)
             continue
         step = max(1, CHUNK_BYTES // (model.hidden_size * dtype.itemsize))
         for first in range(0, model.vocab_size, step):
-            yield _Item(param, layer, (first, min(first + step, model.vocab_size)))
+            yield _Item(param, index, (first, min(first + step, model.vocab_size)))
 
 
 def _canonical(item: _Item, source: Source, dtype: torch.dtype) -> Tensor:
     """The item's tensor in Megatron's layout."""
     model, dim = source.model, item.param.dims[0]
-    tensors = hf_tensors_of(item.param, item.layer, model)
+    tensors = hf_tensors_of(item.param, item.index, model)
     if len(tensors) == 1:
         start, stop = item.rows or (0, tensors[0].shape[0])
         return source.read_rows(tensors[0].name, start, stop).to(dtype)

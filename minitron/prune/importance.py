@@ -16,6 +16,7 @@ from minitron.config.model import ModelConfig
 from minitron.config.score import Aggregation, HeadNorm, Reduction
 from minitron.errors import DataError, PlatformError
 from minitron.models.axes import Axis, ScoreSite, score_sites_of
+from minitron.prune.experts import expert_scores, output_norms, spread
 from minitron.prune.scores import Floats, Scores, WidthScores
 from minitron.prune.statistics import (
     SQUARES,
@@ -34,15 +35,17 @@ class _Sums:
         width: By site and sequence reduction, ``[L, 2, width]``: sum, and sum of squares.
         samples: ``[L, number of sites]``: samples seen at each site.
         layer: ``[L, 2]``: sum of ``1 - cos`` over tokens, and tokens.
+        expert: ``[L, 2, E]``: sum over its routed tokens of the norm of what an expert adds, and the tokens.
     """
 
     width: dict[tuple[int, Reduction], Tensor]
     samples: Tensor
     layer: Tensor
+    expert: Tensor
 
     def tensors(self) -> list[Tensor]:
         """All of them, in an order that every rank of a stage shares."""
-        return [*self.width.values(), self.samples, self.layer]
+        return [*self.width.values(), self.samples, self.layer, self.expert]
 
 
 class ImportanceCollector:
@@ -98,6 +101,9 @@ class ImportanceCollector:
             for number, site in enumerate(self._sites):
                 module = layer.get_submodule(site.module)
                 self._handles.append(module.register_forward_hook(self._site_hook(index, number, site)))
+            for expert in range(self._model.num_moe_experts or 0):
+                module = layer.get_submodule(f"mlp.experts.local_experts.{expert}")
+                self._handles.append(module.register_forward_hook(self._expert_hook(index, expert)))
         return self
 
     def __exit__(
@@ -167,6 +173,7 @@ class ImportanceCollector:
             width=width,
             samples=torch.zeros(depth, len(self._sites), dtype=torch.float64, device=device),
             layer=torch.zeros(depth, 2, dtype=torch.float64, device=device),
+            expert=torch.zeros(depth, 2, self._model.num_moe_experts or 0, dtype=torch.float64, device=device),
         )
 
     def _site_hook(self, index: int, number: int, site: ScoreSite) -> Any:
@@ -176,6 +183,8 @@ class ImportanceCollector:
         def hook(_module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
             seen = args[0] if site.sees == "input" else output
             activation_SBX: Tensor = seen[0] if isinstance(seen, tuple) else seen
+            if site.expert is not None:
+                activation_SBX = spread(activation_SBX, self._layers[index], site.expert, self._seq_length)
             weights_B = self._check(activation_SBX)
             per_head = None
             if site.axis is Axis.head and self._head_norm is HeadNorm.token:
@@ -186,6 +195,18 @@ class ImportanceCollector:
                 sums[TOTAL] += weights_B @ value_BX
                 sums[SQUARES] += weights_B @ value_BX.square()
             self._sums.samples[index, number] += weights_B.sum()
+
+        return hook
+
+    def _expert_hook(self, index: int, expert: int) -> Any:
+        """Hook that adds the norms of one expert's output to its sum."""
+
+        @torch.no_grad()
+        def hook(_module: nn.Module, _args: object, output: tuple[Tensor, None]) -> None:
+            norms_T1 = output_norms(output[0], self._layers[index])
+            both = torch.cat([norms_T1, torch.ones_like(norms_T1)], dim=-1)
+            total_SB2 = spread(both, self._layers[index], expert, self._seq_length)
+            self._sums.expert[index, :, expert] += self._check(total_SB2) @ total_SB2.sum(dim=0)
 
         return hook
 
@@ -222,6 +243,7 @@ class ImportanceCollector:
         sums = {
             "samples": self._sums.samples[index].cpu().numpy(),
             "layer": self._sums.layer[index].cpu().numpy(),
+            "expert": self._sums.expert[index].cpu().numpy(),
         }
         for (number, reduction), tensor in self._sums.width.items():
             full = tensor[index]
@@ -247,6 +269,9 @@ class ImportanceCollector:
             head_norm=self._head_norm,
             width={a: self._width_scores(layers, a, count) for a in self._aggregations},
             layer=distance[:, 0] / distance[:, 1],
+            expert=expert_scores(np.stack([layer["expert"] for layer in layers]))
+            if self._model.num_moe_experts
+            else None,
         )
         scores.validate()
         return scores
@@ -264,7 +289,7 @@ class ImportanceCollector:
                     score = np.linalg.norm(score.reshape(-1, self._model.kv_channels), axis=1)
                 rows[site.axis].append(score)
         return WidthScores(
-            ffn=np.stack(rows[Axis.ffn]),
+            ffn=np.stack(rows[Axis.ffn]).reshape(self._model.num_layers, -1),  # with experts, a row for each
             head=np.stack(rows[Axis.head]),
             hidden=np.stack(rows[Axis.hidden]),
         )

@@ -82,9 +82,11 @@ def prune(session: Session, *, model: Path, source_id: str, scores: Path | None,
             on_progress=progress.update,
         )
     target = spec.target
+    experts = {"experts": f"{spec.source.num_moe_experts} -> {target.num_moe_experts}"} if spec.experts else {}
     return {
         "layers": f"{spec.source.num_layers} -> {target.num_layers}",
         "hidden": f"{spec.source.hidden_size} -> {target.hidden_size}",
         "ffn": f"{spec.source.ffn_hidden_size} -> {target.ffn_hidden_size}",
         "heads": f"{spec.source.num_attention_heads} -> {target.num_attention_heads}",
+        **experts,
     }

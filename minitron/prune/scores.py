@@ -26,7 +26,7 @@ class WidthScores:
     """Scores of the three width axes under one aggregation; higher is more important.
 
     Attributes:
-        ffn: ``[L, F]``, per layer and neuron.
+        ffn: ``[L, F]``, per layer and neuron; with experts ``[L, E * F]``, the layer's experts one after the other.
         head: ``[L, N]``, per layer and query head.
         hidden: ``[M, H]``, per norm and channel, the norms in network order (Llama: two per layer,
             so row ``2 * layer`` is the input norm). Kept per norm, for how to sum them is a
@@ -49,6 +49,8 @@ class Scores:
         seq_length: Tokens in each.
         head_norm: Where the norm over a head's channels was taken.
         width: Scores by aggregation.
+        expert: ``[L, E]``, the mean over the tokens that are routed to an expert of the norm of what it adds to the
+            layer's output, its routing weight included (arXiv 2510.13999); None for a model without experts.
         layer: ``[L]``, block importance ``1 - E[cos(layer input, layer output)]`` over all tokens
             (paper 1, section 2.2); higher is more important.
     """
@@ -60,6 +62,7 @@ class Scores:
     head_norm: HeadNorm
     width: dict[Aggregation, WidthScores]
     layer: Floats
+    expert: Floats | None = None
 
     def validate(self) -> None:
         """Check shapes and values.
@@ -69,6 +72,8 @@ class Scores:
             NumericsError: A score is not finite.
         """
         shapes = _shapes(self.model)
+        if self.model.num_moe_experts and self.expert is None:
+            raise PruneError("scores: those of the experts are missing; score this model again")
         for name, array in self._arrays().items():
             want = shapes[name.split(".")[-1]]
             if array.shape != want:
@@ -138,6 +143,7 @@ class Scores:
                     for name in about["aggregations"]
                 },
                 layer=arrays["layer"],
+                expert=arrays.get("expert"),
             )
         except (OSError, ValueError, KeyError, SafetensorError) as error:
             raise ArtefactError(
@@ -149,6 +155,8 @@ class Scores:
     def _arrays(self) -> dict[str, Floats]:
         """Every array under its name in the file."""
         arrays = {"layer": self.layer}
+        if self.expert is not None:
+            arrays["expert"] = self.expert
         for aggregation, width in self.width.items():
             for axis in ("ffn", "head", "hidden"):
                 arrays[f"{aggregation.value}.{axis}"] = getattr(width, axis)
@@ -168,6 +176,7 @@ def random_scores(model: ModelConfig, aggregation: Aggregation, seed: int) -> Sc
         head_norm=HeadNorm.token,
         width={aggregation: width},
         layer=rng.random(shapes["layer"]),
+        expert=rng.random(shapes["expert"]) if model.num_moe_experts else None,
     )
 
 
@@ -176,7 +185,8 @@ def _shapes(model: ModelConfig) -> dict[str, tuple[int, ...]]:
     norms = sum(site.axis is Axis.hidden for site in score_sites_of(model))
     return {
         "layer": (model.num_layers,),
-        "ffn": (model.num_layers, model.ffn_hidden_size),
+        "ffn": (model.num_layers, model.num_ffn_units),
+        "expert": (model.num_layers, model.num_moe_experts or 0),
         "head": (model.num_layers, model.num_attention_heads),
         "hidden": (model.num_layers * norms, model.hidden_size),
     }

@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
@@ -18,7 +19,7 @@ from minitron.checkpoint.folder import (
 )
 from minitron.checkpoint.store import CheckpointReader, CheckpointWriter
 from minitron.errors import CheckpointError, PruneError
-from minitron.models.axes import Dim, ParamAxes, global_shape, kept_positions, params_of
+from minitron.models.axes import Dim, ParamAxes, global_shape, kept_positions, layer_shape, params_of, stack_shape
 from minitron.prune.spec import PruneSpec
 
 CHUNK_BYTES = 64 * 2**20
@@ -32,27 +33,32 @@ class SliceItem:
     Attributes:
         param: The parameter.
         layer: Number of the layer in the pruned model; None outside the layers.
+        expert: Number of the expert in the pruned layer, where each has its own parameter.
         rows: First row and number of rows, for a chunk of an embedding; else None.
     """
 
     param: ParamAxes
     layer: int | None
     rows: tuple[int, int] | None = None
+    expert: int | None = None
 
 
-def slice_param(param: ParamAxes, tensor: Tensor, layer: int | None, spec: PruneSpec) -> Tensor:
+def slice_param(
+    param: ParamAxes, tensor: Tensor, layer: int | None, spec: PruneSpec, expert: int | None = None
+) -> Tensor:
     """The part of one parameter that the pruned model keeps.
 
     Vocabulary rows are never pruned, so a chunk of an embedding's rows may be given.
 
     Args:
         param: The parameter's axes.
-        tensor: One layer of it in the source (without the layer dimension), or all of it when the
-            checkpoint does not stack it over layers.
+        tensor: One layer (one expert) of it in the source, without the dimensions it is stacked over, or all of it
+            when the checkpoint does not stack it.
         layer: Number of the layer in the pruned model; None when not stacked.
         spec: What to keep.
+        expert: Number of the expert in the pruned layer, where each has its own.
     """
-    kept = spec.kept(layer)
+    kept = spec.kept(layer, expert)
     for number, dim in enumerate(param.dims):
         if dim is Dim.vocab:
             continue
@@ -71,8 +77,8 @@ def slice_items(spec: PruneSpec, element_sizes: Mapping[str, int]) -> Iterator[S
     """
     for param in params_of(spec.source):
         if param.stacked:
-            for layer in range(spec.target.num_layers):
-                yield SliceItem(param, layer)
+            for layer, *expert in np.ndindex(stack_shape(param, spec.target)):
+                yield SliceItem(param, layer, expert=expert[0] if expert else None)
         elif param.dims[0] is Dim.vocab:
             size = spec.source.vocab_size
             step = max(1, CHUNK_BYTES // (spec.source.hidden_size * element_sizes[param.key]))
@@ -133,25 +139,19 @@ def apply_spec(
 def _copy_item(item: SliceItem, spec: PruneSpec, reader: CheckpointReader, writer: CheckpointWriter) -> None:
     """Read, slice and write one item."""
     param, key = item.param, item.param.key
-    offsets = [0] * len(global_shape(param, spec.source))
-    lengths = list(global_shape(param, spec.source))
-    target_offsets = list(offsets)
+    shape = list(layer_shape(param, spec.source))
+    source_index, target_index = spec.places(item.layer, item.expert)
+    offsets = [0] * len(shape)
     if item.rows is not None:
-        offsets[0], lengths[0] = item.rows
-        target_offsets[0] = item.rows[0]
-    if item.layer is not None:
-        offsets[0], lengths[0] = spec.layers[item.layer], 1
-        target_offsets[0] = item.layer
-    tensor = reader.read(key, tuple(offsets), tuple(lengths))
-    if item.layer is None:
-        kept = slice_param(param, tensor, None, spec)
-    else:
-        kept = slice_param(param, tensor.squeeze(0), item.layer, spec).unsqueeze(0)
+        offsets[0], shape[0] = item.rows
+    stack = [1] * len(source_index)
+    tensor = reader.read(key, (*source_index, *offsets), (*stack, *shape)).reshape(shape)
+    kept = slice_param(param, tensor, item.layer, spec, item.expert)
     writer.write(
         key,
-        kept.contiguous(),
+        kept.reshape(*stack, *kept.shape).contiguous(),
         global_shape=global_shape(param, spec.target),
-        offsets=tuple(target_offsets),
+        offsets=(*target_index, *offsets),
     )
 
 

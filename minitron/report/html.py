@@ -23,6 +23,7 @@ _AXES = (
     ("ffn neurons per layer", "ffn_hidden_size"),
     ("query heads per layer", "num_attention_heads"),
     ("query groups per layer", "num_query_groups"),
+    ("experts per layer", "num_moe_experts"),
     ("channels per head", "kv_channels"),
     ("vocabulary", "vocab_size"),
 )
@@ -75,6 +76,7 @@ def load_snippet(folder: Path) -> str:
 def _axis_rows(prune: PruneResult) -> list[tuple[str, int, int, float]]:
     """Name, size before, size after and share kept of each axis."""
     pairs = [(name, getattr(prune.source, key), getattr(prune.target, key)) for name, key in _AXES]
+    pairs = [pair for pair in pairs if pair[1] is not None]
     return [(name, before, after, after / before) for name, before, after in pairs]
 
 
