@@ -159,7 +159,8 @@ def layer_elements(model: ModelConfig, parallel: ParallelConfig) -> float:
     tp = parallel.tensor_model_parallel_size
     heads, groups = model.num_attention_heads, model.num_query_groups
     first = next(p for p in params_of(model) if p.key.endswith("linear_fc1.weight"))
-    inner = 2 * (heads + groups) * model.kv_channels + layer_shape(first, model)[0] + model.ffn_hidden_size
+    mlp = (layer_shape(first, model)[0] + model.ffn_hidden_size) * (model.moe_router_topk or 1)
+    inner = 2 * (heads + groups) * model.kv_channels + mlp
     return 4 * model.hidden_size / sequence_parts(parallel) + inner / tp
 
 
