@@ -21,6 +21,7 @@ _NAMES = {
     "ffn_hidden_size": "ffn",
     "num_attention_heads": "heads",
     "num_query_groups": "groups",
+    "num_moe_experts": "experts",
 }
 
 
@@ -59,7 +60,7 @@ def describe(spec: PruneSpec, *, width: WidthScores | None, layer: Floats | None
     summary: dict[str, object] = {}
     for size in SIZES:
         before, after = getattr(source, size), getattr(target, size)
-        if size != "num_query_groups" or before != after:
+        if before is not None and (size != "num_query_groups" or before != after):
             summary[_NAMES[size]] = f"{before} -> {after}"
     dropped = [number for number in range(source.num_layers) if number not in spec.layers]
     if dropped:

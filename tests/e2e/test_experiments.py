@@ -14,6 +14,8 @@ from transformers import AutoModelForCausalLM
 REPOSITORY = Path(__file__).resolve().parents[2]
 
 SHAPES = {
+    "nemotron4_15b-to-8b": (4, 64, 256, 12, 2),
+    "nemotron4_8b-to-4b": (4, 48, 144, 6, 2),
     "llama31_8b-to-4b_width": (4, 48, 144, 8, 2),
     "llama31_8b-to-4b_depth": (2, 64, 224, 8, 2),
     "mistral_nemo_12b-to-8b": (5, 64, 180, 8, 2),
@@ -29,30 +31,30 @@ def _free_ports(number: int) -> list[int]:
     return ports
 
 
+def _environment(rank: int) -> dict[str, str]:
+    place = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
+    return {**os.environ, **place, "OMP_NUM_THREADS": "1"}
+
+
 @pytest.fixture(scope="module")
 def runs_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Every experiment, run."""
     folder = tmp_path_factory.mktemp("runs")
     work = [f"{name}:{port}" for name, port in zip(SHAPES, _free_ports(len(SHAPES)), strict=True)]
     command = [sys.executable, "-m", "tests.e2e.run_experiments", str(folder), *work]
-    ranks = [
-        subprocess.Popen(
-            command,
-            cwd=REPOSITORY,
-            env=os.environ
-            | {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "OMP_NUM_THREADS": "1"},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank in ("0", "1")
-    ]
-    try:
-        said = [rank.communicate(timeout=250)[0] for rank in ranks]
-    finally:
-        for rank in ranks:
-            rank.kill()
-    assert [rank.returncode for rank in ranks] == [0, 0], "\n".join(said)
+    logs = [folder / f"rank{rank}.log" for rank in (0, 1)]
+    with logs[0].open("w") as first, logs[1].open("w") as second:
+        ranks = [
+            subprocess.Popen(command, cwd=REPOSITORY, env=_environment(rank), stdout=log, stderr=subprocess.STDOUT)
+            for rank, log in enumerate((first, second))
+        ]
+        try:
+            codes = [rank.wait(timeout=280) for rank in ranks]
+        finally:
+            for rank in ranks:
+                rank.kill()
+                rank.wait()
+    assert codes == [0, 0], "\n".join(log.read_text()[-4000:] for log in logs)
     return folder
 
 
@@ -73,6 +75,7 @@ def test_experiment_runs_end_to_end(runs_dir: Path, experiment: str) -> None:
     assert torch.isfinite(model(torch.arange(8)[None]).logits).all()
     metas = {file.parent.name: json.loads(file.read_text()) for file in run.glob("*/meta.json")}
     assert metas["distill"]["summary"]["tokens"] == 2048
-    assert metas["correct"]["summary"]["tokens"] == 1024
-    assert "correct" in metas["distill"]["inputs"]  # the corrected teacher taught
+    if not experiment.startswith("nemotron"):  # paper 1 distils on the teacher's own data
+        assert metas["correct"]["summary"]["tokens"] == 1024
+        assert "correct" in metas["distill"]["inputs"]  # the corrected teacher taught
     assert (run / "report" / "report.html").exists()
