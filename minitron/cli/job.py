@@ -14,6 +14,7 @@ from minitron.cli.turn import in_turn
 from minitron.cli.worker import PREFLIGHT, as_started, run_rank, runs_alone
 from minitron.config.compose import load_resolved, to_yaml
 from minitron.config.depth import depth_plan
+from minitron.config.families import check_family
 from minitron.config.fp8 import check_fp8_model
 from minitron.config.intermediate import find_matches
 from minitron.config.launch import LaunchKind, nodes_of
@@ -220,6 +221,7 @@ def check_models(config: RunConfig) -> None:
         before = students[line.source.step] if line.source else source
         student = students[line.step] = target_of(before, line.config.prune)
         depth_plan(config.score, line.config.prune, before.num_layers)
+        check_family(before, student, line.config.prune, config.score)
         who = f"student {line.step}".rstrip()
         check_layout(student, config.parallel, who=who)
         check_fp8_model(student, config.precision, config.parallel, who=who)

@@ -16,7 +16,7 @@ from minitron.cli.search_stages import (
     steps_of,
 )
 from minitron.config.compose import flat_values
-from minitron.config.prune import SIZES
+from minitron.config.prune import DENSE_SIZES
 from minitron.config.run import Device, RunConfig
 from minitron.config.search import COSTS, LatencySource
 from minitron.report.collect import read_curve, read_eval
@@ -103,7 +103,7 @@ def compare(config: RunConfig, run: RunFolder, candidates: dict[str, Candidate],
         pruned_stability=rank_correlation(
             [rows[name].pruned_loss for name in finished], [_loss(rows[name]) for name in finished]
         ),
-        overrides=[f"prune.{size}={getattr(best, size)}" for size in SIZES],
+        overrides=[f"prune.{size}={getattr(best, size)}" for size in DENSE_SIZES],
     )
 
 
@@ -111,7 +111,7 @@ def _row(candidate: Candidate, loss: float) -> SearchRow:
     costs = asdict(candidate.costs)
     assert set(costs) == set(COSTS)
     return SearchRow(
-        name=candidate.name, **{size: getattr(candidate.model, size) for size in SIZES}, **costs, pruned_loss=loss
+        name=candidate.name, **{size: getattr(candidate.model, size) for size in DENSE_SIZES}, **costs, pruned_loss=loss
     )
 
 

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from minitron.config.families import LLAMA_LIKE
 from minitron.config.precision import Dtype
 from minitron.config.prune import HeadResidual, PruneConfig
 from minitron.data.loader import calibration_batches
@@ -63,9 +64,11 @@ def verify(session: Session, _out: Path) -> dict[str, Any]:
 
 
 def _what_changed(spec: PruneSpec, config: PruneConfig) -> str | None:
-    """The setting by which pruning changed what it kept."""
+    """Why the masked teacher is not what the pruned model was cut from, or cannot be made; None where it can."""
     if spec.head_residual is not HeadResidual.none:
         return f"prune.head_residual={spec.head_residual}"
+    if spec.source.architecture not in LLAMA_LIKE:
+        return f"nothing masks {spec.source.architecture} so far"
     fitted = config.reconstruct.enabled and spec.source != spec.target
     return "prune.reconstruct.enabled=true" if fitted else None
 

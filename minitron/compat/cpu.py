@@ -15,6 +15,7 @@ from typing import Any, Self
 import torch
 from torch.overrides import TorchFunctionMode
 
+from minitron.compat.layer_norm import layer_norm_1p
 from minitron.errors import PlatformError
 
 
@@ -91,15 +92,20 @@ def _same_tensor(tensor: torch.Tensor, *_args: object, **_kwargs: object) -> tor
     return tensor
 
 
-def _rms_norm(config: Any, hidden_size: int, eps: float = 1e-5, **_kwargs: object) -> torch.nn.RMSNorm:
+def _norm(config: Any, hidden_size: int, eps: float = 1e-5, **_kwargs: object) -> torch.nn.Module:
     """Build Megatron's norm on the CPU.
 
     Under sequence parallelism each tensor-parallel rank sees a part of the tokens: the mark makes Megatron sum the
     parts of the weight's gradient, as it does for Transformer Engine's norms.
     """
-    assert config.normalization == "RMSNorm", config.normalization
-    norm = torch.nn.RMSNorm(hidden_size, eps=eps)
-    norm.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
+    norm: torch.nn.Module
+    if config.normalization == "RMSNorm":
+        assert not config.layernorm_zero_centered_gamma
+        norm = torch.nn.RMSNorm(hidden_size, eps=eps)
+    else:
+        norm = layer_norm_1p(config, hidden_size, eps)
+    for parameter in norm.parameters():
+        parameter.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
     return norm
 
 
@@ -115,6 +121,7 @@ def redirects() -> tuple[Redirect, ...]:
     rng = "megatron.core.tensor_parallel.random"
     local = "megatron.core.models.backends.LocalSpecProvider"
     block = "megatron.core.transformer.transformer_block"
+    router = "megatron.core.transformer.moe.router.TopKRouter"
     return (
         Redirect("torch.cuda", "current_device", lambda: torch.device("cpu"), "device of buffers"),
         Redirect("torch.cuda", "synchronize", lambda *_a, **_k: None, "called around pipeline sends"),
@@ -128,9 +135,10 @@ def redirects() -> tuple[Redirect, ...]:
         Redirect(rng, "_get_cuda_rng_state", _cpu_rng_state, "states of the RNG tracker"),
         Redirect(rng, "_set_cuda_rng_state", _set_cpu_rng_state, "states of the RNG tracker"),
         Redirect("torch.Tensor", "cuda", _same_tensor, "copies of small host tensors"),
-        Redirect(local, "layer_norm", lambda *_a, **_k: _rms_norm, "the local norm refuses sequence parallelism"),
+        Redirect(local, "layer_norm", lambda *_a, **_k: _norm, "the local norm refuses sequence parallelism"),
         Redirect(local, "core_attention", _core_attention, "the local attention refuses context parallelism"),
-        Redirect(block, "LayerNormImpl", _rms_norm, "the final norm: the same, and may be Transformer Engine's"),
+        Redirect(router, "_apply_expert_bias", lambda *_a, **_k: None, "compiled; no model of ours has that bias"),
+        Redirect(block, "LayerNormImpl", _norm, "the final norm: the same, and may be Transformer Engine's"),
     )
 
 

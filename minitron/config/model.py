@@ -12,6 +12,10 @@ class Architecture(StrEnum):
 
     llama = "LlamaForCausalLM"
     mistral = "MistralForCausalLM"
+    qwen2 = "Qwen2ForCausalLM"
+    qwen3 = "Qwen3ForCausalLM"
+    nemotron = "NemotronForCausalLM"
+    qwen3_moe = "Qwen3MoeForCausalLM"
 
 
 @dataclass(kw_only=True)
@@ -29,7 +33,11 @@ class ModelConfig:
     """One decoder-only transformer. Written as ``model.json`` beside every checkpoint.
 
     ``kv_channels`` (the size of one head) is always explicit: after pruning,
-    ``num_attention_heads * kv_channels`` need not equal ``hidden_size``.
+    ``num_attention_heads * kv_channels`` need not equal ``hidden_size``. ``rotary_percent`` is the part of a head's
+    channels, the first ones, that the rotary embedding turns. In a mixture of experts every layer has
+    ``num_moe_experts`` experts of ``ffn_hidden_size`` neurons each, and a token goes to ``moe_router_topk`` of them.
+    ``moe_router_pre_softmax`` is Megatron's name for weights that are a softmax over all experts; without it, they are
+    one over the chosen experts.
     """
 
     architecture: Architecture
@@ -43,10 +51,14 @@ class ModelConfig:
     max_position_embeddings: int
     layernorm_epsilon: float
     rotary_base: float
+    rotary_percent: float = 1.0
     rope_scaling: RopeScaling | None = None
     sliding_window: int | None = None
     share_embeddings_and_output_weights: bool = False
     init_method_std: float = 0.02
+    num_moe_experts: int | None = None
+    moe_router_topk: int | None = None
+    moe_router_pre_softmax: bool = False
 
     def __post_init__(self) -> None:
         """Check that every size is positive and that the heads divide into their groups."""
@@ -63,11 +75,36 @@ class ModelConfig:
         for name in sizes:
             if getattr(self, name) < 1:
                 raise ModelError(f"model: {name}={getattr(self, name)} must be at least 1")
+        if not 0 < self.rotary_percent <= 1:
+            raise ModelError(f"model: rotary_percent={self.rotary_percent} must be above 0 and at most 1")
         if self.num_attention_heads % self.num_query_groups:
             raise LayoutError(
                 f"model: num_attention_heads={self.num_attention_heads} is not a multiple of "
                 f"num_query_groups={self.num_query_groups}; every group needs as many heads as the others"
             )
+
+        self._check_experts()
+
+    def _check_experts(self) -> None:
+        experts, chosen = self.num_moe_experts, self.moe_router_topk
+        if (experts is None) == (self.architecture is Architecture.qwen3_moe):
+            raise ModelError(f"model: num_moe_experts={experts} does not go with {self.architecture.value}")
+        if experts is None:
+            return
+        if chosen is None or not 1 <= chosen <= experts:
+            raise ModelError(
+                f"model: moe_router_topk={chosen} must be between 1 and num_moe_experts={experts}, of which it chooses"
+            )
+        if chosen == 1 and not self.moe_router_pre_softmax:
+            raise ModelError(
+                "model: moe_router_topk=1 with weights normalised over the one chosen are always 1: the router "
+                "would get no gradient"
+            )
+
+    @property
+    def num_ffn_units(self) -> int:
+        """Neurons of one layer, all experts together."""
+        return (self.num_moe_experts or 1) * self.ffn_hidden_size
 
     @property
     def heads_per_group(self) -> int:

@@ -156,6 +156,11 @@ def check_layout(model: ModelConfig, parallel: ParallelConfig, *, who: str) -> N
         LayoutError: With the division that leaves a remainder.
     """
     tp, pp = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
+    if model.num_moe_experts is not None and tp > 1 and not parallel.sequence_parallel:
+        raise LayoutError(
+            f"{who}: a mixture of experts with parallel.tensor_model_parallel_size={tp} needs "
+            "parallel.sequence_parallel=true: Megatron-Core trains experts over tensor-parallel ranks in no other way"
+        )
     for name in ("num_attention_heads", "num_query_groups", "ffn_hidden_size"):
         size = getattr(model, name)
         if size % tp:

@@ -14,7 +14,10 @@ SIZES = (
     "ffn_hidden_size",
     "num_attention_heads",
     "num_query_groups",
+    "num_moe_experts",
 )
+DENSE_SIZES = tuple(name for name in SIZES if name != "num_moe_experts")
+"""Those that every model has."""
 
 
 class Ranking(StrEnum):
@@ -65,11 +68,13 @@ class PruneConfig:
     hidden_size: int | None = None
     """Channels of the residual stream to keep, the same ones in the whole network."""
     ffn_hidden_size: int | None = None
-    """Ffn neurons to keep in every layer, chosen per layer."""
+    """Ffn neurons to keep in every layer, or in every expert, chosen for each by itself."""
     num_attention_heads: int | None = None
     """Query heads to keep in every layer, as many in each query group."""
     num_query_groups: int | None = None
     """Query groups (key and value heads) to keep in every layer, chosen per layer."""
+    num_moe_experts: int | None = None
+    """Experts to keep in every layer of a mixture of experts, chosen per layer."""
     drop_layers: list[int] | None = None
     """Layers to drop by number, counted from 0 (the papers count from 1)."""
     depth_metric: DepthMetric = DepthMetric.block_importance
@@ -163,6 +168,8 @@ def check_target(model: ModelConfig, config: PruneConfig) -> ModelConfig:
     if config.drop_layers is not None:
         sizes["num_layers"] = _layers_left(model, config)
     heads, groups = sizes["num_attention_heads"], sizes["num_query_groups"]
+    assert heads is not None
+    assert groups is not None
     if heads % groups:
         raise PruneError(
             f"prune: num_attention_heads={heads} does not divide over num_query_groups={groups} "
@@ -174,6 +181,12 @@ def check_target(model: ModelConfig, config: PruneConfig) -> ModelConfig:
             f"{heads // groups} heads per group, but the model has {model.num_attention_heads} / "
             f"{model.num_query_groups} = {model.heads_per_group}; set num_attention_heads to at "
             f"most {groups} x {model.heads_per_group} = {groups * model.heads_per_group}"
+        )
+    experts, chosen = sizes["num_moe_experts"], model.moe_router_topk
+    if experts is not None and chosen is not None and experts < chosen:
+        raise PruneError(
+            f"prune.num_moe_experts={experts} is fewer than the moe_router_topk={chosen} experts that each token goes "
+            f"to; keep at least {chosen}"
         )
     target = replace(model, **sizes)  # type: ignore[arg-type]
     _check_loadable(target)
@@ -203,12 +216,14 @@ def _check_head_residual(model: ModelConfig, target: ModelConfig, merging: HeadR
         )
 
 
-def _target_size(model: ModelConfig, config: PruneConfig, name: str) -> int:
-    """One size of the target, which must not exceed the source's."""
-    have: int = getattr(model, name)
+def _target_size(model: ModelConfig, config: PruneConfig, name: str) -> int | None:
+    """One size of the target, which must not exceed the source's; None where the model has no such thing."""
+    have: int | None = getattr(model, name)
     want: int | None = getattr(config, name)
     if want is None:
         return have
+    if have is None:
+        raise PruneError(f"prune.{name}={want}, but {model.architecture.value} has none; set it to null")
     if want > have:
         raise PruneError(
             f"prune.{name}={want} is larger than the model's {have}; use at most {have}, or null to keep all"

@@ -62,6 +62,7 @@ class RandomModelConfig:
     num_query_groups: int = 4
     kv_channels: int | None = None
     """Size of a head; null is hidden_size / num_attention_heads."""
+    rotary_percent: float = 1.0
     max_position_embeddings: int = 256
     share_embeddings_and_output_weights: bool = True
     seed: int = 0

@@ -77,6 +77,7 @@ def scaled(run: "RunConfig") -> "RunConfig":
     random = replace(
         run.source.random,
         architecture=model.architecture,
+        rotary_percent=model.rotary_percent,
         share_embeddings_and_output_weights=model.share_embeddings_and_output_weights,
         **sizes,
     )

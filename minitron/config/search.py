@@ -5,14 +5,14 @@ from dataclasses import dataclass, field, fields, replace
 from enum import StrEnum
 
 from minitron.config.expression import Condition
-from minitron.config.prune import SIZES
+from minitron.config.prune import DENSE_SIZES
 from minitron.config.train import TrainConfig
 from minitron.errors import ConfigError
 
 COSTS = ("parameters", "non_embedding", "active_parameters", "memory_gb", "latency_ms")
 """What a budget limits."""
 
-FILTER_NAMES = (*SIZES, "kv_channels", "vocab_size", *COSTS)
+FILTER_NAMES = (*DENSE_SIZES, "kv_channels", "vocab_size", *COSTS)
 """What ``search.filter`` may name."""
 
 PAPER_STEPS = 400

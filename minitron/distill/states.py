@@ -11,6 +11,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.transformer.identity_op import IdentityOp
+from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
@@ -28,7 +29,8 @@ def see_state(gpt: GPTModel, state: State, see: See) -> RemovableHandle:
 
     Hidden states are seen after the norm of the block that reads them (the papers: "always post LayerNorm"). So the
     output of block k is seen at block k + 1, on whose pipeline stage that may be, or at the final norm. Queries, keys
-    and values are seen before the rotary embedding, as one tensor in Megatron's fused order (see `split_qkv`).
+    and values are seen before the rotary embedding (and before a norm of their own), as one tensor in Megatron's fused
+    order (see `split_qkv`).
 
     Args:
         gpt: This rank's part of the model.
@@ -45,11 +47,11 @@ def see_state(gpt: GPTModel, state: State, see: See) -> RemovableHandle:
         assert state.reader == gpt.config.num_layers, (state, sorted(layers))
         return _watch(gpt.decoder.final_layernorm, see)
     layer = layers[state.reader]
-    norm, linear = layer.input_layernorm, layer.self_attention.linear_qkv
-    if state.kind is StateKind.mlp_input:
-        norm, linear = layer.pre_mlp_layernorm, layer.mlp.linear_fc1
+    before_mlp = state.kind is StateKind.mlp_input
+    norm = layer.pre_mlp_layernorm if before_mlp else layer.input_layernorm
     if isinstance(norm, IdentityOp):  # Transformer Engine fuses the norm into the linear: it is done once more here
-        see = partial(_see_normed, see, linear, gpt.config.layernorm_epsilon)
+        linear = layer.mlp.linear_fc1 if before_mlp else layer.self_attention.linear_qkv
+        see = partial(_see_normed, see, linear, gpt.config)
     return _watch(norm, see)
 
 
@@ -64,8 +66,12 @@ def _hook(see: See, _module: nn.Module, _args: object, output: Any) -> Any:
     return see(output, output)
 
 
-def _see_normed(see: See, linear: Any, epsilon: float, carrier: Tensor, state_SBH: Tensor) -> Tensor:
-    return see(carrier, F.rms_norm(state_SBH, state_SBH.shape[-1:], linear.layer_norm_weight, epsilon))
+def _see_normed(see: See, linear: Any, config: TransformerConfig, carrier: Tensor, state_SBH: Tensor) -> Tensor:
+    weight_H = linear.layer_norm_weight + (1 if config.layernorm_zero_centered_gamma else 0)
+    shape, epsilon = state_SBH.shape[-1:], config.layernorm_epsilon
+    if config.normalization == "RMSNorm":
+        return see(carrier, F.rms_norm(state_SBH, shape, weight_H, epsilon))
+    return see(carrier, F.layer_norm(state_SBH, shape, weight_H, linear.layer_norm_bias, epsilon))
 
 
 def split_qkv(qkv_SBX: Tensor, model: ModelConfig) -> tuple[Tensor, Tensor, Tensor]:

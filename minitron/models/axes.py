@@ -4,60 +4,44 @@ The canonical model is unsharded and stored as Megatron's ``torch_dist`` checkpo
 layers of one parameter are stacked along a leading dimension, gate rows precede up rows, and the fused QKV rows run
 group by group (the group's query heads, then its key head, then its value head). Four readers depend on this table
 and nothing else knows a weight layout: Hugging Face import and export, the pruning slicer, scoring, and parameter
-counting. A new architecture is a new `ArchitectureTable`, not new code in four places.
+counting. A new architecture is a new `ArchitectureTable`, not new code in four places. How units lie along one
+dimension is in `minitron.models.dims`, whose names are this module's too.
 """
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from enum import StrEnum
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 
 import numpy as np
-from numpy.typing import NDArray
 
 from minitron.config.model import Architecture, ModelConfig
+from minitron.models.dims import Axis, Dim, Indices, Run, dim_size, kept_positions, part_rows, runs
 
-Indices = NDArray[np.int64]
-
-
-class Axis(StrEnum):
-    """What the units along a dimension are; a unit is what pruning keeps or drops."""
-
-    layer = "layer"
-    hidden = "hidden"
-    ffn = "ffn"
-    head = "head"
-    group = "group"
-    vocab = "vocab"
-
-
-class Dim(StrEnum):
-    """How one dimension of a parameter is laid out, as runs of units (see `runs`)."""
-
-    hidden = "hidden"
-    ffn = "ffn"
-    gate_up = "gate_up"
-    qkv = "qkv"
-    heads = "heads"
-    vocab = "vocab"
-
-
-@dataclass(frozen=True)
-class Run:
-    """Consecutive units along a dimension.
-
-    Attributes:
-        part: Which Hugging Face tensor the run belongs to (``all`` when there is only one).
-        axis: What the units are.
-        first: Number of the first unit.
-        count: Number of units.
-        width: Rows of one unit (``kv_channels`` for heads and groups, else 1).
-    """
-
-    part: str
-    axis: Axis
-    first: int
-    count: int
-    width: int
+__all__ = [
+    "OUTPUT_LAYER_KEY",
+    "TABLES",
+    "ArchitectureTable",
+    "Axis",
+    "Block",
+    "Dim",
+    "HfPart",
+    "Indices",
+    "ParamAxes",
+    "Run",
+    "ScoreSite",
+    "block_of",
+    "dim_size",
+    "global_shape",
+    "kept_positions",
+    "layer_shape",
+    "num_active_parameters",
+    "num_embedding_parameters",
+    "num_parameters",
+    "params_of",
+    "part_rows",
+    "runs",
+    "score_sites_of",
+    "stack_shape",
+]
 
 
 @dataclass(frozen=True)
@@ -74,15 +58,17 @@ class ParamAxes:
 
     Attributes:
         key: Key in the ``torch_dist`` checkpoint.
-        dims: Layout of each dimension of one layer's tensor (without the leading layer dimension).
-        hf: The Hugging Face tensors it is made of; ``{layer}`` in a name is the layer's number.
+        dims: Layout of each dimension of one layer's (one expert's) tensor, without the dimensions it is stacked over.
+        hf: The Hugging Face tensors it is made of; ``{layer}`` and ``{expert}`` in a name are their numbers.
         stacked: Whether the checkpoint stacks it over layers.
+        per_expert: Whether each expert of a layer has its own, stacked along the second dimension.
     """
 
     key: str
     dims: tuple[Dim, ...]
     hf: tuple[HfPart, ...]
     stacked: bool = True
+    per_expert: bool = False
 
 
 @dataclass(frozen=True)
@@ -93,95 +79,173 @@ class ScoreSite:
         module: Dotted path of the module in the layer.
         sees: ``input`` or ``output`` of the module.
         axis: The axis its last dimension scores.
+        expert: The expert it is in; it sees only the tokens that are routed there.
     """
 
     module: str
     sees: str
     axis: Axis
+    expert: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Block:
+    """What a layer computes, under the names of Megatron's ``TransformerConfig``; biases are in `ArchitectureTable`.
+
+    Attributes:
+        normalization: ``RMSNorm`` or ``LayerNorm`` (the latter with a bias).
+        layernorm_zero_centered_gamma: Whether a norm multiplies by its stored weight plus one.
+        activation_func: ``silu`` or ``squared_relu``.
+        gated_linear_unit: Whether the mlp has a gate.
+        add_qkv_bias: Whether queries, keys and values have a bias.
+        qk_layernorm: Whether the queries and keys of each head pass a norm.
+    """
+
+    normalization: str = "RMSNorm"
+    layernorm_zero_centered_gamma: bool = False
+    activation_func: str = "silu"
+    gated_linear_unit: bool = True
+    add_qkv_bias: bool = False
+    qk_layernorm: bool = False
 
 
 @dataclass(frozen=True)
 class ArchitectureTable:
-    """Everything the four readers need to know of one architecture."""
+    """Everything the readers need to know of one architecture."""
 
+    block: Block
     params: tuple[ParamAxes, ...]
     score_sites: tuple[ScoreSite, ...]
 
 
-_LAYER = "decoder.layers."
-_HF_LAYER = "model.layers.{layer}."
-
 OUTPUT_LAYER_KEY = "output_layer.weight"
 
+
+def _outside(key: str, dims: tuple[Dim, ...], hf: str) -> ParamAxes:
+    """A parameter outside the layers."""
+    return ParamAxes(key, dims, (HfPart(hf),), stacked=False)
+
+
+def _layer(key: str, dims: tuple[Dim, ...], **hf: str) -> ParamAxes:
+    """A parameter of every layer; ``hf`` names the Hugging Face tensor of each part."""
+    parts = tuple(HfPart("model.layers.{layer}." + name, part) for part, name in hf.items())
+    return ParamAxes("decoder.layers." + key, dims, parts, per_expert="experts." in key)
+
+
+_H, _F, _GU, _QKV, _N, _V, _D = Dim.hidden, Dim.ffn, Dim.gate_up, Dim.qkv, Dim.heads, Dim.vocab, Dim.head_dim
+
+_EMBEDDING = _outside("embedding.word_embeddings.weight", (_V, _H), "model.embed_tokens.weight")
+_FINAL_NORM = _outside("decoder.final_layernorm.weight", (_H,), "model.norm.weight")
+_FINAL_NORM_BIAS = _outside("decoder.final_layernorm.bias", (_H,), "model.norm.bias")
+_OUTPUT = _outside(OUTPUT_LAYER_KEY, (_V, _H), "lm_head.weight")
+
+_INPUT_NORM = _layer("self_attention.linear_qkv.layer_norm_weight", (_H,), all="input_layernorm.weight")
+_INPUT_NORM_BIAS = _layer("self_attention.linear_qkv.layer_norm_bias", (_H,), all="input_layernorm.bias")
+_ATTENTION_IN = _layer(
+    "self_attention.linear_qkv.weight",
+    (_QKV, _H),
+    q="self_attn.q_proj.weight",
+    k="self_attn.k_proj.weight",
+    v="self_attn.v_proj.weight",
+)
+_ATTENTION_IN_BIAS = _layer(
+    "self_attention.linear_qkv.bias",
+    (_QKV,),
+    q="self_attn.q_proj.bias",
+    k="self_attn.k_proj.bias",
+    v="self_attn.v_proj.bias",
+)
+_Q_NORM = _layer("self_attention.q_layernorm.weight", (_D,), all="self_attn.q_norm.weight")
+_K_NORM = _layer("self_attention.k_layernorm.weight", (_D,), all="self_attn.k_norm.weight")
+_ATTENTION_OUT = _layer("self_attention.linear_proj.weight", (_H, _N), all="self_attn.o_proj.weight")
+
+_MLP_NORM = _layer("mlp.linear_fc1.layer_norm_weight", (_H,), all="post_attention_layernorm.weight")
+_MLP_NORM_BIAS = _layer("mlp.linear_fc1.layer_norm_bias", (_H,), all="post_attention_layernorm.bias")
+_MLP_IN = _layer("mlp.linear_fc1.weight", (_F, _H), all="mlp.up_proj.weight")
+_MLP_IN_GATED = _layer("mlp.linear_fc1.weight", (_GU, _H), gate="mlp.gate_proj.weight", up="mlp.up_proj.weight")
+_MLP_OUT = _layer("mlp.linear_fc2.weight", (_H, _F), all="mlp.down_proj.weight")
+
+_SPARSE_NORM = _layer("pre_mlp_layernorm.weight", (_H,), all="post_attention_layernorm.weight")
+_ROUTER = _layer("mlp.router.weight", (Dim.experts, _H), all="mlp.gate.weight")
+_EXPERT_IN = _layer(
+    "mlp.experts.experts.linear_fc1.weight",
+    (_GU, _H),
+    gate="mlp.experts.{expert}.gate_proj.weight",
+    up="mlp.experts.{expert}.up_proj.weight",
+)
+_EXPERT_OUT = _layer("mlp.experts.experts.linear_fc2.weight", (_H, _F), all="mlp.experts.{expert}.down_proj.weight")
+
+_SCORE_SITES = (
+    ScoreSite("input_layernorm", "output", Axis.hidden),
+    ScoreSite("pre_mlp_layernorm", "output", Axis.hidden),
+    ScoreSite("self_attention.linear_proj", "input", Axis.head),
+    ScoreSite("mlp.linear_fc2", "input", Axis.ffn),
+)
+
 _LLAMA = ArchitectureTable(
-    params=(
-        ParamAxes(
-            "embedding.word_embeddings.weight",
-            (Dim.vocab, Dim.hidden),
-            (HfPart("model.embed_tokens.weight"),),
-            stacked=False,
-        ),
-        ParamAxes(
-            _LAYER + "self_attention.linear_qkv.layer_norm_weight",
-            (Dim.hidden,),
-            (HfPart(_HF_LAYER + "input_layernorm.weight"),),
-        ),
-        ParamAxes(
-            _LAYER + "self_attention.linear_qkv.weight",
-            (Dim.qkv, Dim.hidden),
-            (
-                HfPart(_HF_LAYER + "self_attn.q_proj.weight", "q"),
-                HfPart(_HF_LAYER + "self_attn.k_proj.weight", "k"),
-                HfPart(_HF_LAYER + "self_attn.v_proj.weight", "v"),
-            ),
-        ),
-        ParamAxes(
-            _LAYER + "self_attention.linear_proj.weight",
-            (Dim.hidden, Dim.heads),
-            (HfPart(_HF_LAYER + "self_attn.o_proj.weight"),),
-        ),
-        ParamAxes(
-            _LAYER + "mlp.linear_fc1.layer_norm_weight",
-            (Dim.hidden,),
-            (HfPart(_HF_LAYER + "post_attention_layernorm.weight"),),
-        ),
-        ParamAxes(
-            _LAYER + "mlp.linear_fc1.weight",
-            (Dim.gate_up, Dim.hidden),
-            (
-                HfPart(_HF_LAYER + "mlp.gate_proj.weight", "gate"),
-                HfPart(_HF_LAYER + "mlp.up_proj.weight", "up"),
-            ),
-        ),
-        ParamAxes(
-            _LAYER + "mlp.linear_fc2.weight",
-            (Dim.hidden, Dim.ffn),
-            (HfPart(_HF_LAYER + "mlp.down_proj.weight"),),
-        ),
-        ParamAxes(
-            "decoder.final_layernorm.weight",
-            (Dim.hidden,),
-            (HfPart("model.norm.weight"),),
-            stacked=False,
-        ),
-        ParamAxes(
-            OUTPUT_LAYER_KEY,
-            (Dim.vocab, Dim.hidden),
-            (HfPart("lm_head.weight"),),
-            stacked=False,
-        ),
+    Block(),
+    (
+        _EMBEDDING,
+        *(_INPUT_NORM, _ATTENTION_IN, _ATTENTION_OUT),
+        *(_MLP_NORM, _MLP_IN_GATED, _MLP_OUT),
+        *(_FINAL_NORM, _OUTPUT),
     ),
-    score_sites=(
-        ScoreSite("input_layernorm", "output", Axis.hidden),
-        ScoreSite("pre_mlp_layernorm", "output", Axis.hidden),
-        ScoreSite("self_attention.linear_proj", "input", Axis.head),
-        ScoreSite("mlp.linear_fc2", "input", Axis.ffn),
+    _SCORE_SITES,
+)
+_QWEN2 = ArchitectureTable(
+    Block(add_qkv_bias=True),
+    (
+        _EMBEDDING,
+        *(_INPUT_NORM, _ATTENTION_IN, _ATTENTION_IN_BIAS, _ATTENTION_OUT),
+        *(_MLP_NORM, _MLP_IN_GATED, _MLP_OUT),
+        *(_FINAL_NORM, _OUTPUT),
     ),
+    _SCORE_SITES,
+)
+_QWEN3 = ArchitectureTable(
+    Block(qk_layernorm=True),
+    (
+        _EMBEDDING,
+        *(_INPUT_NORM, _ATTENTION_IN, _Q_NORM, _K_NORM, _ATTENTION_OUT),
+        *(_MLP_NORM, _MLP_IN_GATED, _MLP_OUT),
+        *(_FINAL_NORM, _OUTPUT),
+    ),
+    _SCORE_SITES,
+)
+_NEMOTRON = ArchitectureTable(
+    Block(
+        normalization="LayerNorm",
+        layernorm_zero_centered_gamma=True,
+        activation_func="squared_relu",
+        gated_linear_unit=False,
+    ),
+    (
+        _EMBEDDING,
+        *(_INPUT_NORM, _INPUT_NORM_BIAS, _ATTENTION_IN, _ATTENTION_OUT),
+        *(_MLP_NORM, _MLP_NORM_BIAS, _MLP_IN, _MLP_OUT),
+        *(_FINAL_NORM, _FINAL_NORM_BIAS, _OUTPUT),
+    ),
+    _SCORE_SITES,
+)
+
+_QWEN3_MOE = ArchitectureTable(
+    Block(qk_layernorm=True),
+    (
+        _EMBEDDING,
+        *(_INPUT_NORM, _ATTENTION_IN, _Q_NORM, _K_NORM, _ATTENTION_OUT),
+        *(_SPARSE_NORM, _ROUTER, _EXPERT_IN, _EXPERT_OUT),
+        *(_FINAL_NORM, _OUTPUT),
+    ),
+    (*_SCORE_SITES[:3], ScoreSite("mlp.experts.local_experts.{expert}.linear_fc2", "input", Axis.ffn)),
 )
 
 TABLES: Mapping[Architecture, ArchitectureTable] = {
     Architecture.llama: _LLAMA,
     Architecture.mistral: _LLAMA,
+    Architecture.qwen2: _QWEN2,
+    Architecture.qwen3: _QWEN3,
+    Architecture.nemotron: _NEMOTRON,
+    Architecture.qwen3_moe: _QWEN3_MOE,
 }
 
 
@@ -193,79 +257,38 @@ def params_of(model: ModelConfig) -> tuple[ParamAxes, ...]:
     return params
 
 
+def block_of(model: ModelConfig) -> Block:
+    """What a layer of the model computes."""
+    return TABLES[model.architecture].block
+
+
 def score_sites_of(model: ModelConfig) -> tuple[ScoreSite, ...]:
-    """Where each axis of the model is scored."""
-    return TABLES[model.architecture].score_sites
-
-
-def runs(dim: Dim, model: ModelConfig) -> tuple[Run, ...]:
-    """Lay out one dimension as runs of units, in order."""
-    match dim:
-        case Dim.hidden:
-            return (Run("all", Axis.hidden, 0, model.hidden_size, 1),)
-        case Dim.ffn:
-            return (Run("all", Axis.ffn, 0, model.ffn_hidden_size, 1),)
-        case Dim.gate_up:
-            size = model.ffn_hidden_size
-            return (Run("gate", Axis.ffn, 0, size, 1), Run("up", Axis.ffn, 0, size, 1))
-        case Dim.heads:
-            return (Run("all", Axis.head, 0, model.num_attention_heads, model.kv_channels),)
-        case Dim.vocab:
-            return (Run("all", Axis.vocab, 0, model.vocab_size, 1),)
-        case Dim.qkv:
-            per_group, width = model.heads_per_group, model.kv_channels
-            return tuple(
-                run
-                for group in range(model.num_query_groups)
-                for run in (
-                    Run("q", Axis.head, group * per_group, per_group, width),
-                    Run("k", Axis.group, group, 1, width),
-                    Run("v", Axis.group, group, 1, width),
-                )
-            )
-
-
-def dim_size(dim: Dim, model: ModelConfig) -> int:
-    """Length of a dimension."""
-    return sum(run.count * run.width for run in runs(dim, model))
+    """Where each axis of the model is scored; a site inside an expert once for each."""
+    sites: list[ScoreSite] = []
+    for site in TABLES[model.architecture].score_sites:
+        if "{expert}" not in site.module:
+            sites.append(site)
+            continue
+        for expert in range(model.num_moe_experts or 0):
+            sites.append(replace(site, module=site.module.format(expert=expert), expert=expert))
+    return tuple(sites)
 
 
 def layer_shape(param: ParamAxes, model: ModelConfig) -> tuple[int, ...]:
-    """Shape of the parameter for one layer (or of the whole parameter, when it is not stacked)."""
+    """Shape of the parameter for one layer (for one expert of it; of the whole parameter, when it is not stacked)."""
     return tuple(dim_size(dim, model) for dim in param.dims)
 
 
 def global_shape(param: ParamAxes, model: ModelConfig) -> tuple[int, ...]:
-    """Shape of the parameter in the checkpoint, the layer dimension included."""
-    shape = layer_shape(param, model)
-    return (model.num_layers, *shape) if param.stacked else shape
+    """Shape of the parameter in the checkpoint, the dimensions that it is stacked over included."""
+    return (*stack_shape(param, model), *layer_shape(param, model))
 
 
-def part_rows(dim: Dim, part: str, model: ModelConfig) -> Indices:
-    """Positions along ``dim`` that one Hugging Face part fills, in the part's own row order."""
-    return _positions(dim, model, lambda run: _range(run.count) if run.part == part else None)
-
-
-def kept_positions(dim: Dim, model: ModelConfig, kept: Mapping[Axis, Sequence[int]]) -> Indices:
-    """Positions along ``dim`` that survive when only the ``kept`` units of each axis do.
-
-    The original order is kept. An axis absent from ``kept`` is kept whole.
-
-    Args:
-        dim: Layout of the dimension.
-        model: The model before pruning.
-        kept: Sorted unit numbers by axis, for the layer at hand.
-    """
-    units = {axis: np.asarray(numbers, dtype=np.int64) for axis, numbers in kept.items()}
-
-    def select(run: Run) -> Indices:
-        if run.axis not in units:
-            return _range(run.count)
-        numbers = units[run.axis]
-        inside = (numbers >= run.first) & (numbers < run.first + run.count)
-        return numbers[inside] - run.first
-
-    return _positions(dim, model, select)
+def stack_shape(param: ParamAxes, model: ModelConfig) -> tuple[int, ...]:
+    """The dimensions that the parameter is stacked over in the checkpoint: layers, and experts of a layer."""
+    if not param.stacked:
+        return ()
+    return (model.num_layers, model.num_moe_experts or 0) if param.per_expert else (model.num_layers,)
 
 
 def num_parameters(model: ModelConfig) -> int:
@@ -279,18 +302,8 @@ def num_embedding_parameters(model: ModelConfig) -> int:
     return sum(int(np.prod(global_shape(param, model))) for param in vocab_params)
 
 
-def _range(count: int) -> Indices:
-    return np.arange(count, dtype=np.int64)
-
-
-def _positions(dim: Dim, model: ModelConfig, select: Callable[[Run], Indices | None]) -> Indices:
-    """Row numbers of the selected units of every run, run after run."""
-    found: list[Indices] = []
-    start = 0
-    for run in runs(dim, model):
-        chosen = select(run)
-        if chosen is not None and len(chosen):
-            rows = start + chosen[:, None] * run.width + _range(run.width)[None, :]
-            found.append(rows.reshape(-1))
-        start += run.count * run.width
-    return np.concatenate(found) if found else _range(0)
+def num_active_parameters(model: ModelConfig) -> int:
+    """Parameters that one token passes through: of the experts, those that it is routed to."""
+    chosen = (model.moe_router_topk or 0) / (model.num_moe_experts or 1)
+    experts = sum(int(np.prod(global_shape(param, model))) for param in params_of(model) if param.per_expert)
+    return num_parameters(model) - experts + round(experts * chosen)

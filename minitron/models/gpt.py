@@ -16,12 +16,14 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
+from minitron.compat.layer_norm import layer_norm_1p
 from minitron.compat.te import require_transformer_engine
 from minitron.config.model import ModelConfig
 from minitron.config.parallel import ParallelConfig, padded_vocab_size
 from minitron.config.precision import PrecisionConfig
 from minitron.config.run import Device
 from minitron.data.batch import Batch
+from minitron.models.axes import block_of
 from minitron.models.transformer_config import transformer_config
 from minitron.parallel.groups import Groups
 
@@ -39,6 +41,11 @@ class FinalState:
 
     hidden_SBH: Tensor
     weight_vH: Tensor
+
+    @property
+    def device(self) -> torch.device:
+        """Where it is: Megatron's schedules ask the output of a mixture of experts for it."""
+        return self.hidden_SBH.device
 
 
 class Chunks(torch.nn.ModuleList):
@@ -96,8 +103,8 @@ def build_gpt(
         local_spec, precision = True, precision.plain()
     else:
         require_transformer_engine()
-    config = transformer_config(model, parallel, precision, device=device, initialize=initialize)
-    spec = _layer_spec(local=local_spec)
+    config = transformer_config(model, parallel, precision, device=device, initialize=initialize, local_spec=local_spec)
+    spec = _layer_spec(model, device, local=local_spec)
     rows = vocab_rows or padded_vocab_size(model.vocab_size, parallel.tensor_model_parallel_size)
     chunks = Chunks(
         _build_chunk(index, model, parallel, config, spec, groups, rows) for index in range(parallel.num_chunks)
@@ -124,6 +131,7 @@ def _build_chunk(
         post_process=groups.is_last_stage and index == parallel.num_chunks - 1,
         share_embeddings_and_output_weights=model.share_embeddings_and_output_weights,
         position_embedding_type="rope",
+        rotary_percent=model.rotary_percent,
         rotary_base=model.rotary_base,  # Megatron says int, and computes in float
         rope_scaling=scaling is not None,
         rope_scaling_factor=scaling.factor if scaling else 1.0,
@@ -132,11 +140,21 @@ def _build_chunk(
     )
 
 
-def _layer_spec(*, local: bool) -> ModuleSpec:
+def _layer_spec(model: ModelConfig, device: Device, *, local: bool) -> ModuleSpec:
     """Megatron's own modules or Transformer Engine's; checkpoints of the two have the same names."""
-    if local:
-        return get_gpt_layer_local_spec(normalization="RMSNorm")
-    return get_gpt_layer_with_transformer_engine_spec()
+    block, experts = block_of(model), model.num_moe_experts
+    if not local:
+        return get_gpt_layer_with_transformer_engine_spec(
+            num_experts=experts, moe_grouped_gemm=experts is not None, qk_layernorm=block.qk_layernorm
+        )
+    spec = get_gpt_layer_local_spec(
+        num_experts=experts, normalization=block.normalization, qk_layernorm=block.qk_layernorm
+    )
+    if block.layernorm_zero_centered_gamma and device is not Device.cpu:  # Megatron's local norm refuses it
+        spec.submodules.input_layernorm = spec.submodules.pre_mlp_layernorm = layer_norm_1p
+    if experts is not None:  # Transformer Engine's spec does not fuse this norm, and checkpoints are the same for both
+        del spec.submodules.sharded_state_dict_keys_map["pre_mlp_layernorm."]
+    return spec
 
 
 def forward_to_final_state(gpt: torch.nn.Module, batch: Batch) -> Tensor | FinalState:

@@ -18,7 +18,7 @@ from minitron.checkpoint.format import disk_errors
 from minitron.checkpoint.store import CheckpointReader
 from minitron.config.model import ModelConfig
 from minitron.errors import ArtefactError, CheckpointError
-from minitron.models.axes import Dim, ParamAxes, global_shape, params_of, part_rows
+from minitron.models.axes import Dim, ParamAxes, global_shape, layer_shape, params_of, part_rows
 from minitron.models.hf_config import to_hf_config
 from minitron.models.hf_names import HfTensor, hf_tensors
 from minitron.models.hf_source import INDEX_FILE, SINGLE_FILE, read_json
@@ -87,7 +87,11 @@ def hf_logits(folder: Path, tokens_BS: Tensor) -> Tensor:
         logits_BSV.
     """
     model: Any = AutoModelForCausalLM.from_pretrained(
-        folder, dtype=torch.float32, local_files_only=True, trust_remote_code=False
+        folder,
+        dtype=torch.float32,
+        experts_implementation="eager",  # transformers' grouped product wants rows of 16 bytes
+        local_files_only=True,
+        trust_remote_code=False,
     )
     with torch.no_grad():
         logits_BSV: Tensor = model.eval()(tokens_BS).logits
@@ -147,11 +151,11 @@ def _write_shard(
     dtype: torch.dtype,
 ) -> None:
     held: dict[str, Tensor] = {}
-    block: tuple[ParamAxes, int | None] | None = None
+    block: tuple[ParamAxes, tuple[int, ...]] | None = None
     canonical = torch.empty(0)
     for tensor in tensors:
-        if block != (tensor.param, tensor.layer):  # the parts of one parameter follow each other
-            block = (tensor.param, tensor.layer)
+        if block != (tensor.param, tensor.index):  # the parts of one parameter follow each other
+            block = (tensor.param, tensor.index)
             canonical = _read_block(reader, tensor, model)
         rows = torch.from_numpy(part_rows(tensor.param.dims[0], tensor.part, model))
         part = canonical if len(tensor.param.hf) == 1 else canonical[rows]
@@ -166,11 +170,7 @@ def _write_shard(
 
 
 def _read_block(reader: CheckpointReader, tensor: HfTensor, model: ModelConfig) -> Tensor:
-    """One layer of a parameter, or a whole one that is not stacked, without vocabulary padding."""
-    param = tensor.param
-    lengths = list(global_shape(param, model))
-    offsets = [0] * len(lengths)
-    if tensor.layer is None:
-        return reader.read(param.key, offsets, lengths)
-    offsets[0], lengths[0] = tensor.layer, 1
-    return reader.read(param.key, offsets, lengths).squeeze(0)
+    """One layer (and expert) of a parameter, or a whole one that is not stacked, without vocabulary padding."""
+    shape = layer_shape(tensor.param, model)
+    offsets = [*tensor.index, *[0] * len(shape)]
+    return reader.read(tensor.param.key, offsets, [*[1] * len(tensor.index), *shape]).reshape(shape)

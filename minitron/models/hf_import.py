@@ -55,10 +55,10 @@ class SourceInfo:
 
 @dataclass(frozen=True)
 class _Item:
-    """One piece of work: a parameter of one layer, or rows of an embedding."""
+    """One piece of work: a parameter of one layer (and expert), or rows of an embedding."""
 
     param: ParamAxes
-    layer: int | None
+    index: tuple[int, ...]
     rows: tuple[int, int] | None = None
 
 
@@ -112,11 +112,10 @@ def import_model(
     items = deal(_items(info.model, dtype), rank=rank, world_size=world_size)
     for done, (item, tensor) in enumerate(read_ahead(items, partial(_canonical, source=opened, dtype=dtype)), start=1):
         shape = global_shape(item.param, info.model)
-        offsets = [0] * len(shape)
-        if item.layer is not None:
-            offsets[0], tensor = item.layer, tensor.unsqueeze(0)
-        elif item.rows is not None:
+        offsets = [*item.index, *[0] * tensor.dim()]
+        if item.rows is not None:
             offsets[0] = item.rows[0]
+        tensor = tensor.reshape(*[1] * len(item.index), *tensor.shape)
         writer.write(item.param.key, tensor, global_shape=shape, offsets=offsets)
         if on_progress is not None:
             on_progress(done, len(items))
@@ -199,21 +198,21 @@ def _ignored(model: ModelConfig) -> set[str]:
 
 def _items(model: ModelConfig, dtype: torch.dtype) -> Iterator[tuple[_Item, int]]:
     """Every item with its size in bytes."""
-    for param, layer in blocks(model):
+    for param, index in blocks(model):
         row = prod(layer_shape(param, model)[1:]) * dtype.itemsize
         if param.dims[0] is not Dim.vocab:
-            yield _Item(param, layer), layer_shape(param, model)[0] * row
+            yield _Item(param, index), layer_shape(param, model)[0] * row
             continue
         step = max(1, CHUNK_BYTES // row)
         for first in range(0, model.vocab_size, step):
             stop = min(first + step, model.vocab_size)
-            yield _Item(param, layer, (first, stop)), (stop - first) * row
+            yield _Item(param, index, (first, stop)), (stop - first) * row
 
 
 def _canonical(item: _Item, source: Source, dtype: torch.dtype) -> Tensor:
     """The item's tensor in Megatron's layout."""
     model, dim = source.model, item.param.dims[0]
-    tensors = hf_tensors_of(item.param, item.layer, model)
+    tensors = hf_tensors_of(item.param, item.index, model)
     if len(tensors) == 1:
         start, stop = item.rows or (0, tensors[0].shape[0])
         return source.read_rows(tensors[0].name, start, stop).to(dtype)

@@ -3,8 +3,10 @@
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+import numpy as np
+
 from minitron.config.model import ModelConfig
-from minitron.models.axes import HfPart, ParamAxes, dim_size, params_of, part_rows
+from minitron.models.axes import HfPart, ParamAxes, dim_size, params_of, part_rows, stack_shape
 
 # What other files may hold beside the parameters: buffers of old transformers versions.
 IGNORED_SUFFIXES = (".rotary_emb.inv_freq",)
@@ -18,46 +20,48 @@ class HfTensor:
         name: Its name.
         shape: Its shape.
         param: The canonical parameter it is part of.
-        layer: The layer, for a stacked parameter.
+        index: Its place in the dimensions that the parameter is stacked over: layer, or layer and expert.
         part: Which part of the parameter's dimension 0 it fills.
     """
 
     name: str
     shape: tuple[int, ...]
     param: ParamAxes
-    layer: int | None
+    index: tuple[int, ...]
     part: str
 
 
-def blocks(model: ModelConfig) -> Iterator[tuple[ParamAxes, int | None]]:
-    """Every (parameter, layer) of a model, in the order of its layers.
+def blocks(model: ModelConfig) -> Iterator[tuple[ParamAxes, tuple[int, ...]]]:
+    """Every parameter of every layer (of every expert) of a model, in the order of its layers, with its place.
 
     What comes before the layers in the axes table stays before them, what comes after stays after.
     """
     params = params_of(model)
     stacked = [n for n, param in enumerate(params) if param.stacked]
-    yield from ((param, None) for param in params[: stacked[0]])
+    yield from ((param, ()) for param in params[: stacked[0]])
     for layer in range(model.num_layers):
-        yield from ((params[n], layer) for n in stacked)
-    yield from ((param, None) for param in params[stacked[0] :] if not param.stacked)
+        for param in (params[n] for n in stacked):
+            for rest in np.ndindex(stack_shape(param, model)[1:]):
+                yield param, (layer, *rest)
+    yield from ((param, ()) for param in params[stacked[0] :] if not param.stacked)
 
 
-def hf_tensors_of(param: ParamAxes, layer: int | None, model: ModelConfig) -> list[HfTensor]:
-    """The tensors that make up one parameter (of one layer)."""
-    return [_hf_tensor(param, layer, hf, model) for hf in param.hf]
+def hf_tensors_of(param: ParamAxes, index: tuple[int, ...], model: ModelConfig) -> list[HfTensor]:
+    """The tensors that make up one parameter (of one layer and expert)."""
+    return [_hf_tensor(param, index, hf, model) for hf in param.hf]
 
 
 def hf_tensors(model: ModelConfig) -> list[HfTensor]:
     """Every tensor of a model, layer by layer."""
-    return [tensor for param, layer in blocks(model) for tensor in hf_tensors_of(param, layer, model)]
+    return [tensor for param, index in blocks(model) for tensor in hf_tensors_of(param, index, model)]
 
 
-def _hf_tensor(param: ParamAxes, layer: int | None, hf: HfPart, model: ModelConfig) -> HfTensor:
+def _hf_tensor(param: ParamAxes, index: tuple[int, ...], hf: HfPart, model: ModelConfig) -> HfTensor:
     rest = (dim_size(dim, model) for dim in param.dims[1:])
     return HfTensor(
-        name=hf.name.format(layer=layer),
+        name=hf.name.format(**dict(zip(("layer", "expert"), index, strict=False))),
         shape=(len(part_rows(param.dims[0], hf.part, model)), *rest),
         param=param,
-        layer=layer,
+        index=index,
         part=hf.part,
     )

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import textwrap
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
@@ -9,12 +10,12 @@ from typing import Any, Protocol
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
-from transformers import AutoTokenizer
+from transformers import AutoConfig, AutoTokenizer
 
 from minitron.checkpoint.format import disk_errors
 from minitron.config.model import ModelConfig
 from minitron.errors import ModelError
-from minitron.models.hf_config import HfConfig, model_from_hf_config
+from minitron.models.hf_config import HfConfig, model_from_hf_config, model_type_of
 from minitron.models.origin import Origin, origin_of_folder
 
 INDEX_FILE = "model.safetensors.index.json"
@@ -105,7 +106,7 @@ class FolderSource:
         if not (path / "config.json").is_file():
             raise ModelError(f"{path} has no config.json; is it a Hugging Face model folder?")
         self.hf_config = read_json(path / "config.json")
-        self.model = model_from_hf_config(self.hf_config)
+        self.model = _read_model(path, self.hf_config)
         self.name = self.hf_config.get("_name_or_path") or path.resolve().name
         self._file_of = _tensor_files(path)
         self.weight_files = sorted(set(self._file_of.values()))
@@ -166,8 +167,7 @@ def token_ids(folder: Path) -> dict[str, int]:
         ids: dict[str, int] = tokenizer.get_vocab()
         return ids
     except Exception as error:  # transformers raises whatever the tokenizer's backend does
-        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise ModelError(f"{folder}: the tokenizer cannot be loaded: {first}") from error
+        raise ModelError(f"{folder}: the tokenizer cannot be loaded: {_one_line(error)}") from error
 
 
 def read_json(file: Path) -> dict[str, Any]:
@@ -183,6 +183,23 @@ def read_json(file: Path) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise ModelError(f"{file} is not a JSON object")
     return values
+
+
+def _read_model(path: Path, config: HfConfig) -> ModelConfig:
+    """What config.json describes, checked by transformers too: its classes are stricter about types and nulls."""
+    try:
+        model = model_from_hf_config(config)
+        values = {key: value for key, value in config.items() if key != "model_type"}
+        AutoConfig.for_model(model_type_of(model), **values)
+    except ModelError as error:
+        raise ModelError(f"{path}/{error}") from error
+    except Exception as error:  # transformers raises whatever the key's type does
+        raise ModelError(f"{path / 'config.json'} is refused by transformers: {_one_line(error)}") from error
+    return model
+
+
+def _one_line(error: Exception) -> str:
+    return textwrap.shorten(str(error) or type(error).__name__, 300, placeholder=" ...")
 
 
 def _tensor_files(path: Path) -> dict[str, Path]:

@@ -9,7 +9,15 @@ from minitron.config.model import ModelConfig
 from minitron.models.axes import num_embedding_parameters, num_parameters
 from minitron.models.origin import LICENSE_KEYS
 
-_SIZES = ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups", "kv_channels")
+_SIZES = (
+    "num_layers",
+    "hidden_size",
+    "ffn_hidden_size",
+    "num_attention_heads",
+    "num_query_groups",
+    "kv_channels",
+    "num_moe_experts",
+)
 
 _ROWS = {
     "teacher": "source, unpruned (the teacher)",
@@ -42,7 +50,11 @@ def model_card(
         distill_tokens: Tokens the student was distilled on.
         environment: Versions it was made with.
     """
-    sizes = "\n".join(f"| {size} | {getattr(before, size)} | {getattr(after, size)} |" for size in _SIZES)
+    sizes = "\n".join(
+        f"| {size} | {getattr(before, size)} | {getattr(after, size)} |"
+        for size in _SIZES
+        if getattr(before, size) is not None
+    )
     rows = "\n".join(
         f"| {text} | {figures[key]['loss']:.4f} | {figures[key]['perplexity']:.2f} |"
         for key, text in _ROWS.items()

@@ -38,6 +38,7 @@ def random_model(config: RandomModelConfig) -> ModelConfig:
         max_position_embeddings=config.max_position_embeddings,
         layernorm_epsilon=1e-6,
         rotary_base=10000.0,
+        rotary_percent=config.rotary_percent,
         share_embeddings_and_output_weights=config.share_embeddings_and_output_weights,
     )
 

@@ -1,17 +1,22 @@
 """Fill Megatron's `TransformerConfig` from ours: the only place that does."""
 
 import importlib.util
+from collections.abc import Callable
+from dataclasses import asdict
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from megatron.core.activations import squared_relu
 from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor
 
 from minitron.config.model import ModelConfig
 from minitron.config.parallel import ParallelConfig, layers_per_stage
 from minitron.config.precision import Dtype, PrecisionConfig
 from minitron.config.run import Device
 from minitron.errors import ModelError
+from minitron.models.axes import block_of
 
 TORCH_DTYPE = {Dtype.fp32: torch.float32, Dtype.bf16: torch.bfloat16}
 
@@ -30,6 +35,7 @@ def transformer_config(
     *,
     device: Device,
     initialize: bool,
+    local_spec: bool = False,
 ) -> TransformerConfig:
     """Describe one model to Megatron.
 
@@ -39,9 +45,12 @@ def transformer_config(
         precision: Number formats.
         device: ``cpu`` turns off the fused CUDA kernels.
         initialize: Draw random weights; without it they are left for a checkpoint to fill.
+        local_spec: See `minitron.models.gpt.build_gpt`.
     """
     check_rope(model)
+    block = block_of(model)
     on_cpu = device is Device.cpu
+    activation = _activation(block.activation_func, on_cpu=on_cpu)
     dtype = TORCH_DTYPE[precision.dtype]
     stages = layers_per_stage(model.num_layers, parallel)
     uneven, interleaved = len(set(stages)) > 1, parallel.num_chunks > 1
@@ -54,9 +63,8 @@ def transformer_config(
         kv_channels=model.kv_channels,
         layernorm_epsilon=model.layernorm_epsilon,
         init_method_std=model.init_method_std,
-        normalization="RMSNorm",
-        activation_func=F.silu,
-        gated_linear_unit=True,
+        **asdict(block) | {"activation_func": activation},
+        **_experts(model, grouped=not on_cpu and not local_spec),
         add_bias_linear=False,
         hidden_dropout=0.0,
         attention_dropout=0.0,
@@ -79,7 +87,7 @@ def transformer_config(
         use_cpu_initialization=on_cpu,
         gradient_accumulation_fusion=not on_cpu and _has_apex_kernel(),
         masked_softmax_fusion=False,  # Megatron's own attention alone reads it, and would need Apex's kernels
-        bias_activation_fusion=not on_cpu,
+        bias_activation_fusion=not on_cpu and activation is F.silu,  # no other of ours has a fused kernel
         bias_dropout_fusion=not on_cpu,
         apply_rope_fusion=not on_cpu,
         # The schedules wait for pipeline sends one by one: gloo has no batched isend/irecv.
@@ -116,6 +124,33 @@ def _has_apex_kernel() -> bool:
     Megatron's output layer refuses to be built with the fusion and without the kernel. Results are the same.
     """
     return importlib.util.find_spec("fused_weight_gradient_mlp_cuda") is not None
+
+
+def _experts(model: ModelConfig, *, grouped: bool) -> dict[str, Any]:
+    """Settings of a mixture of experts; routing is balanced by no loss of its own."""
+    if model.num_moe_experts is None:
+        return {}
+    return {
+        "num_moe_experts": model.num_moe_experts,
+        "moe_ffn_hidden_size": model.ffn_hidden_size,
+        "moe_router_topk": model.moe_router_topk,
+        "moe_router_pre_softmax": model.moe_router_pre_softmax,
+        "moe_router_load_balancing_type": "none",
+        "moe_aux_loss_coeff": 0.0,
+        "moe_token_dispatcher_type": "allgather",
+        "moe_grouped_gemm": grouped,
+    }
+
+
+def _activation(name: str, *, on_cpu: bool) -> Callable[[Tensor], Tensor]:
+    if name == "silu":
+        return F.silu
+    assert name == "squared_relu", name
+    return _squared_relu if on_cpu else squared_relu  # Megatron's is compiled, which takes seconds and a C++ compiler
+
+
+def _squared_relu(x: Tensor) -> Tensor:
+    return F.relu(x).square()
 
 
 def check_rope(model: ModelConfig) -> None:

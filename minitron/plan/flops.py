@@ -14,7 +14,7 @@ class ForwardFlops:
     """One forward pass, per token.
 
     Attributes:
-        linears: Matrix products of the layers' weights: 2 x their elements.
+        linears: Matrix products of the layers' weights: 2 x their elements, of the experts those that a token goes to.
         attention: Scores and weighted values: 4 x heads x head size x the mean number of tokens attended to. A token
             at position i attends to i of them, or to the sliding window if that is shorter; so the mean is
             (S + 1) / 2 without a window.
@@ -38,8 +38,10 @@ def forward_flops(model: ModelConfig, seq_length: int) -> ForwardFlops:
         model: The architecture.
         seq_length: Tokens of a sequence; each attends to those before it and to itself.
     """
-    shapes = (layer_shape(param, model) for param in params_of(model) if param.stacked)
-    stacked = sum(int(np.prod(shape)) for shape in shapes if len(shape) > 1)
+    stacked = 0
+    for param in (param for param in params_of(model) if param.stacked and len(param.dims) > 1):
+        times = (model.moe_router_topk or 1) if param.per_expert else 1  # experts that a token goes to
+        stacked += times * int(np.prod(layer_shape(param, model)))
     window = min(model.sliding_window or seq_length, seq_length)
     attended = (window * (window + 1) / 2 + (seq_length - window) * window) / seq_length
     width = model.num_attention_heads * model.kv_channels

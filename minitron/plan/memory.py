@@ -14,7 +14,7 @@ from minitron.config.parallel import (
     padded_vocab_size,
 )
 from minitron.config.precision import Dtype
-from minitron.models.axes import OUTPUT_LAYER_KEY, Dim, ParamAxes, layer_shape, params_of
+from minitron.models.axes import OUTPUT_LAYER_KEY, Dim, ParamAxes, global_shape, layer_shape, params_of
 
 DTYPE_BYTES = {Dtype.fp32: 4, Dtype.bf16: 2}
 _FP32 = 4
@@ -111,8 +111,11 @@ def stage_parameters(model: ModelConfig, parallel: ParallelConfig, *, vocab_rows
 
 
 def _rank_numel(param: ParamAxes, model: ModelConfig, tp: int, vocab_rows: int) -> int:
-    sizes = zip(param.dims, layer_shape(param, model), strict=True)
-    numel = int(np.prod([vocab_rows if dim is Dim.vocab else size for dim, size in sizes]))
+    """Elements on one rank, of one layer where the parameter is stacked over layers."""
+    shape = global_shape(param, model)[1 if param.stacked else 0 :]
+    numel = int(np.prod(shape))
+    if Dim.vocab in param.dims:
+        numel = numel // model.vocab_size * vocab_rows
     return numel // (tp if _SPLIT_OVER_TP & set(param.dims) else 1)
 
 
@@ -156,7 +159,8 @@ def layer_elements(model: ModelConfig, parallel: ParallelConfig) -> float:
     tp = parallel.tensor_model_parallel_size
     heads, groups = model.num_attention_heads, model.num_query_groups
     first = next(p for p in params_of(model) if p.key.endswith("linear_fc1.weight"))
-    inner = 2 * (heads + groups) * model.kv_channels + layer_shape(first, model)[0] + model.ffn_hidden_size
+    mlp = (layer_shape(first, model)[0] + model.ffn_hidden_size) * (model.moe_router_topk or 1)
+    inner = 2 * (heads + groups) * model.kv_channels + mlp
     return 4 * model.hidden_size / sequence_parts(parallel) + inner / tp
 
 

@@ -7,7 +7,6 @@ from typing import Any, Self
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 from torch.utils.hooks import RemovableHandle
@@ -16,7 +15,9 @@ from minitron.config.model import ModelConfig
 from minitron.config.score import Aggregation, FfnActivation, HeadNorm, Reduction
 from minitron.errors import DataError, PlatformError
 from minitron.models.axes import Axis, ScoreSite, score_sites_of
+from minitron.prune.collect import all_reduce, first_linear, gather_layers, join_shards
 from minitron.prune.depth_scores import Floats
+from minitron.prune.experts import expert_scores, output_norms, spread
 from minitron.prune.scores import Scores, WidthScores
 from minitron.prune.statistics import (
     SQUARES,
@@ -25,9 +26,6 @@ from minitron.prune.statistics import (
     reduce_batch,
     reduce_sequence,
 )
-
-_FIRST_LINEAR, _SECOND_LINEAR = "linear_fc1", "linear_fc2"
-"""The activation function of an ffn is applied to the output of its first linear."""
 
 
 @dataclass(frozen=True)
@@ -38,6 +36,7 @@ class _Sums:
         width: By site and sequence reduction, ``[L, 2, width]``: sum, and sum of squares.
         samples: ``[L, number of sites]``: samples seen at each site.
         layer: ``[L, 2]``: sum of ``1 - cos`` over tokens, and tokens.
+        expert: ``[L, 2, E]``: sum over its routed tokens of the norm of what an expert adds, and the tokens.
         final: By sequence reduction, ``[2, H]`` of the final norm; empty where that is on another stage.
     """
 
@@ -45,10 +44,11 @@ class _Sums:
     samples: Tensor
     layer: Tensor
     final: dict[Reduction, Tensor]
+    expert: Tensor
 
     def tensors(self) -> list[Tensor]:
         """All of them, in an order that every rank of a stage shares."""
-        return [*self.width.values(), self.samples, self.layer, *self.final.values()]
+        return [*self.width.values(), self.samples, self.layer, self.expert, *self.final.values()]
 
 
 class ImportanceCollector:
@@ -110,9 +110,12 @@ class ImportanceCollector:
             for number, site in enumerate(self._sites):
                 name = site.module
                 if site.axis is Axis.ffn and self._ffn_activation is FfnActivation.before:
-                    name = name.removesuffix(_SECOND_LINEAR) + _FIRST_LINEAR
+                    name = name.replace("linear_fc2", "linear_fc1")  # the activation function comes after it
                 module = layer.get_submodule(name)
                 self._handles.append(module.register_forward_hook(self._site_hook(index, number, site)))
+            for expert in range(self._model.num_moe_experts or 0):
+                module = layer.get_submodule(f"mlp.experts.local_experts.{expert}")
+                self._handles.append(module.register_forward_hook(self._expert_hook(index, expert)))
         if self._final_norm is not None:
             self._handles.append(self._final_norm.register_forward_hook(self._final_hook))
         return self
@@ -161,11 +164,11 @@ class ImportanceCollector:
             NumericsError: A score is not finite.
         """
         if dp_group is not None:
-            _all_reduce(self._sums.tensors(), dp_group)
+            all_reduce(self._sums.tensors(), dp_group)
         stage = {_number(layer): self._layer_sums(index, tp_group) for index, layer in enumerate(self._layers)}
         if self._final_norm is not None:
             stage[self._model.num_layers] = self._final_sums(tp_group)
-        layers = _gather_layers(stage, pp_group)
+        layers = gather_layers(stage, pp_group)
         final = layers.pop(self._model.num_layers)
         assert sorted(layers) == list(range(self._model.num_layers)), sorted(layers)
         return self._finish([layers[number] for number in sorted(layers)], final, source_id)
@@ -191,6 +194,7 @@ class ImportanceCollector:
                 reduction: torch.zeros(2, self._model.hidden_size, dtype=torch.float64, device=device)
                 for reduction in (self._seq_reductions if self._final_norm is not None else [])
             },
+            expert=torch.zeros(depth, 2, self._model.num_moe_experts or 0, dtype=torch.float64, device=device),
         )
 
     def _site_hook(self, index: int, number: int, site: ScoreSite) -> Any:
@@ -204,10 +208,12 @@ class ImportanceCollector:
         @torch.no_grad()
         def hook(_module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
             if before:
-                activation_SBX = _first_linear(output, width)
+                activation_SBX = first_linear(output, width)
             else:
                 seen = args[0] if site.sees == "input" else output
                 activation_SBX = seen[0] if isinstance(seen, tuple) else seen
+            if site.expert is not None:
+                activation_SBX = spread(activation_SBX, self._layers[index], site.expert, self._seq_length)
             sums = {reduction: self._sums.width[number, reduction][index] for reduction in self._seq_reductions}
             self._sums.samples[index, number] += self._add(sums, activation_SBX, per_head)
 
@@ -226,6 +232,18 @@ class ImportanceCollector:
             sums[reduction][TOTAL] += weights_B @ value_BX
             sums[reduction][SQUARES] += weights_B @ value_BX.square()
         return weights_B.sum()
+
+    def _expert_hook(self, index: int, expert: int) -> Any:
+        """Hook that adds the norms of one expert's output to its sum."""
+
+        @torch.no_grad()
+        def hook(_module: nn.Module, _args: object, output: tuple[Tensor, None]) -> None:
+            norms_T1 = output_norms(output[0], self._layers[index])
+            both = torch.cat([norms_T1, torch.ones_like(norms_T1)], dim=-1)
+            total_SB2 = spread(both, self._layers[index], expert, self._seq_length)
+            self._sums.expert[index, :, expert] += self._check(total_SB2) @ total_SB2.sum(dim=0)
+
+        return hook
 
     def _layer_hook(self, index: int) -> Any:
         """Hook that adds one layer's ``1 - cos(input, output)`` to its sum."""
@@ -260,12 +278,13 @@ class ImportanceCollector:
         sums = {
             "samples": self._sums.samples[index].cpu().numpy(),
             "layer": self._sums.layer[index].cpu().numpy(),
+            "expert": self._sums.expert[index].cpu().numpy(),
         }
         for (number, reduction), tensor in self._sums.width.items():
             full = tensor[index]
             if tp_group is not None:
                 replicated = self._sites[number].axis is Axis.hidden
-                full = _join(full, tp_group, replicated=replicated)
+                full = join_shards(full, tp_group, replicated=replicated)
             sums[_name(number, reduction)] = full.cpu().numpy()
         return sums
 
@@ -273,7 +292,7 @@ class ImportanceCollector:
         """The final norm's sums, as arrays."""
         sums = {}
         for reduction, tensor in self._sums.final.items():
-            whole = tensor if tp_group is None else _join(tensor, tp_group, replicated=True)
+            whole = tensor if tp_group is None else join_shards(tensor, tp_group, replicated=True)
             sums[reduction.value] = whole.cpu().numpy()
         return sums
 
@@ -294,6 +313,9 @@ class ImportanceCollector:
             ffn_activation=self._ffn_activation,
             width={a: self._width_scores(layers, final, a, count) for a in self._aggregations},
             layer=distance[:, 0] / distance[:, 1],
+            expert=expert_scores(np.stack([layer["expert"] for layer in layers]))
+            if self._model.num_moe_experts
+            else None,
         )
         scores.validate()
         return scores
@@ -315,7 +337,7 @@ class ImportanceCollector:
                     score = np.linalg.norm(score.reshape(-1, self._model.kv_channels), axis=1)
                 rows[site.axis].append(score)
         return WidthScores(
-            ffn=np.stack(rows[Axis.ffn]),
+            ffn=np.stack(rows[Axis.ffn]).reshape(self._model.num_layers, -1),  # with experts, a row for each
             head=np.stack(rows[Axis.head]),
             hidden=np.stack(rows[Axis.hidden]),
             final=reduce_batch(final[aggregation.seq.value], count, aggregation.batch),
@@ -342,40 +364,3 @@ def _weight(layer: nn.Module, site: ScoreSite) -> Tensor:
             "fuses it into the next linear; build the model with local_spec=True to score it"
         )
     return weight
-
-
-def _first_linear(output: tuple[Tensor, Tensor | None] | Tensor, width: int) -> Tensor:
-    """What the activation function is applied to: the first ``width`` channels of the ffn's first linear.
-
-    Of a gated ffn that is the gate's half. Megatron's linears leave their bias to be added by the caller.
-    """
-    values, bias = output if isinstance(output, tuple) else (output, None)
-    return values[..., :width] if bias is None else values[..., :width] + bias[:width]
-
-
-def _all_reduce(tensors: Sequence[Tensor], group: ProcessGroup) -> None:
-    """Sum tensors over a group, in place, with one collective."""
-    flat = torch.cat([tensor.reshape(-1) for tensor in tensors])
-    dist.all_reduce(flat, group=group)
-    for tensor, part in zip(tensors, flat.split([t.numel() for t in tensors]), strict=True):
-        tensor.copy_(part.view_as(tensor))
-
-
-def _join(shard: Tensor, group: ProcessGroup, *, replicated: bool) -> Tensor:
-    """Join shards along the last dimension in rank order; replicas must be equal."""
-    shards = [torch.empty_like(shard) for _ in range(group.size())]
-    dist.all_gather(shards, shard.contiguous(), group=group)
-    if not replicated:
-        return torch.cat(shards, dim=-1)
-    for other in shards[1:]:
-        torch.testing.assert_close(other, shards[0], rtol=1e-6, atol=0.0)
-    return shards[0]
-
-
-def _gather_layers(stage: dict[int, dict[str, Floats]], group: ProcessGroup | None) -> dict[int, dict[str, Floats]]:
-    """The layers of all pipeline stages, by number."""
-    if group is None:
-        return stage
-    stages: list[dict[int, dict[str, Floats]] | None] = [None] * group.size()
-    dist.all_gather_object(stages, stage, group=group)
-    return {number: sums for part in stages if part for number, sums in part.items()}

@@ -58,15 +58,20 @@ def choose_for(target: ModelConfig, config: PruneConfig, *, scores: Scores, sour
     attention = [kept_heads(width.head[layer], source, target) for layer in layers]
     channels = scores.channels(config.aggregation, config.hidden_norms)
     merging = config.head_residual is not HeadResidual.none
+    experts = [kept_experts(None if scores.expert is None else scores.expert[layer], target) for layer in layers]
     spec = PruneSpec(
         source=source,
         target=target,
         source_id=source_id,
         layers=layers,
         hidden=top_units(channels, target.hidden_size),
-        ffn=[top_units(width.ffn[layer], target.ffn_hidden_size) for layer in layers],
+        ffn=[
+            kept_neurons(width.ffn[layer], chosen, source, target)
+            for layer, chosen in zip(layers, experts, strict=True)
+        ],
         heads=[heads for heads, _ in attention],
         groups=[groups for _, groups in attention],
+        experts=experts if source.num_moe_experts else [],
         head_residual=config.head_residual,
         head_pairs=[
             pair_heads(width.head[layer], groups, source, target)
@@ -157,6 +162,33 @@ def pair_heads(scores: Floats, groups: Sequence[int], source: ModelConfig, targe
         order = first + np.argsort(-scores[first : first + count], kind="stable")  # as in `top_units`
         pairs += [HeadPair(int(order[i]), int(order[2 * kept - 1 - i])) for i in range(2 * kept - count, kept)]
     return sorted(pairs)
+
+
+def kept_experts(scores_E: Floats | None, target: ModelConfig) -> list[int]:
+    """The experts that one layer keeps; a dense mlp counts as one, kept.
+
+    Args:
+        scores_E: Scores of the layer's experts; None for a dense model.
+        target: The pruned model.
+    """
+    return [0] if scores_E is None else top_units(scores_E, target.num_moe_experts or 0)
+
+
+def kept_neurons(scores: Floats, experts: Sequence[int], source: ModelConfig, target: ModelConfig) -> list[int]:
+    """The neurons that one layer keeps: as many in each kept expert, which its neurons compete for.
+
+    Args:
+        scores: ``[F]`` (``[E * F]``, expert by expert), scores of the layer's neurons.
+        experts: The kept experts.
+        source: The model to prune.
+        target: The pruned model.
+    """
+    size = source.ffn_hidden_size
+    return [
+        expert * size + neuron
+        for expert in experts
+        for neuron in top_units(scores[expert * size : (expert + 1) * size], target.ffn_hidden_size)
+    ]
 
 
 def _check_scores(scores: Scores, source: ModelConfig, source_id: str) -> None:

@@ -29,7 +29,7 @@ class WidthScores:
     """Scores of the three width axes under one aggregation; higher is more important.
 
     Attributes:
-        ffn: ``[L, F]``, per layer and neuron.
+        ffn: ``[L, F]``, per layer and neuron; with experts ``[L, E * F]``, the layer's experts one after the other.
         head: ``[L, N]``, per layer and query head.
         hidden: ``[M, H]``, per norm of a layer and channel, the norms in network order (Llama: two per
             layer, so row ``2 * layer`` is the input norm). Kept per norm, for how to sum them is a
@@ -55,6 +55,8 @@ class Scores:
         head_norm: Where the norm over a head's channels was taken.
         ffn_activation: On which side of the activation function neurons were seen.
         width: Scores by aggregation.
+        expert: ``[L, E]``, the mean over the tokens that are routed to an expert of the norm of what it adds to the
+            layer's output, its routing weight included (arXiv 2510.13999); None for a model without experts.
         layer: ``[L]``, block importance ``1 - E[cos(layer input, layer output)]`` over all tokens
             (paper 1, section 2.2); higher is more important.
         depth: What was measured by taking layers out.
@@ -69,6 +71,7 @@ class Scores:
     layer: Floats
     ffn_activation: FfnActivation = FfnActivation.after
     depth: DepthScores = field(default_factory=DepthScores)
+    expert: Floats | None = None
 
     def validate(self) -> None:
         """Check shapes and values.
@@ -79,6 +82,8 @@ class Scores:
         """
         shapes = _shapes(self.model)
         depth = self.depth.shapes(self.model.num_layers)
+        if self.model.num_moe_experts and self.expert is None:
+            raise PruneError("scores: those of the experts are missing; score this model again")
         for name, array in self._arrays().items():
             want = depth[name] if name in depth else shapes[name.split(".")[-1]]
             if array.shape != want:
@@ -182,6 +187,7 @@ class Scores:
                     for name in about["aggregations"]
                 },
                 layer=arrays["layer"],
+                expert=arrays.get("expert"),
             )
         except (OSError, ValueError, KeyError, SafetensorError) as error:
             raise ArtefactError(
@@ -193,6 +199,8 @@ class Scores:
     def _arrays(self) -> dict[str, Floats]:
         """Every array under its name in the file."""
         arrays = {"layer": self.layer, **self.depth.arrays()}
+        if self.expert is not None:
+            arrays["expert"] = self.expert
         for aggregation, width in self.width.items():
             for axis in WIDTH_AXES:
                 arrays[f"{aggregation.value}.{axis}"] = getattr(width, axis)
@@ -229,6 +237,7 @@ def random_scores(model: ModelConfig, aggregation: Aggregation, seed: int) -> Sc
         head_norm=HeadNorm.token,
         width={aggregation: WidthScores(**{axis: drawn[axis] for axis in WIDTH_AXES})},
         layer=drawn["layer"],
+        expert=drawn["expert"] if model.num_moe_experts else None,
     )
 
 
@@ -236,7 +245,8 @@ def _shapes(model: ModelConfig) -> dict[str, tuple[int, ...]]:
     """Shape of each kind of array."""
     norms = sum(site.axis is Axis.hidden for site in score_sites_of(model))
     return {
-        "ffn": (model.num_layers, model.ffn_hidden_size),
+        "ffn": (model.num_layers, model.num_ffn_units),
+        "expert": (model.num_layers, model.num_moe_experts or 0),
         "head": (model.num_layers, model.num_attention_heads),
         "hidden": (model.num_layers * norms, model.hidden_size),
         "layer": (model.num_layers,),

@@ -45,12 +45,14 @@ class SliceItem:
     Attributes:
         param: The parameter.
         layer: Number of the layer in the pruned model; None outside the layers.
+        expert: Number of the expert in the pruned layer, where each has its own parameter.
         rows: First row and number of rows, for a chunk of an embedding; else None.
     """
 
     param: ParamAxes
     layer: int | None
     rows: tuple[int, int] | None = None
+    expert: int | None = None
 
 
 class Fitted(Protocol):
@@ -67,7 +69,12 @@ class Fitted(Protocol):
 
 
 def slice_param(
-    param: ParamAxes, tensor: Tensor, layer: int | None, spec: PruneSpec, memory: Memory = fresh_memory
+    param: ParamAxes,
+    tensor: Tensor,
+    layer: int | None,
+    spec: PruneSpec,
+    memory: Memory = fresh_memory,
+    expert: int | None = None,
 ) -> Tensor:
     """The part of one parameter that the pruned model keeps.
 
@@ -75,14 +82,15 @@ def slice_param(
 
     Args:
         param: The parameter's axes.
-        tensor: One layer of it in the source (without the layer dimension), or all of it when the
-            checkpoint does not stack it over layers.
+        tensor: One layer (one expert) of it in the source, without the dimensions it is stacked over, or all of it
+            when the checkpoint does not stack it.
         layer: Number of the layer in the pruned model; None when not stacked.
         spec: What to keep.
         memory: Where to put what is taken out of the tensor.
+        expert: Number of the expert in the pruned layer, where each has its own.
     """
     tensor = merge_heads(param, tensor, layer, spec)
-    kept = spec.kept(layer)
+    kept = spec.kept(layer, expert)
     positions = [
         np.arange(size) if dim is Dim.vocab else kept_positions(dim, spec.source, kept)
         for dim, size in zip(param.dims, tensor.shape, strict=True)
@@ -115,11 +123,12 @@ def slice_items(spec: PruneSpec, element_sizes: Mapping[str, int]) -> Iterator[t
         spec: What to keep.
         element_sizes: Bytes of one element, by parameter key.
     """
-    for param, layer in blocks(spec.target):
+    for param, index in blocks(spec.target):
         shape = layer_shape(param, spec.source)
         element, row = element_sizes[param.key], prod(shape[1:])
         if param.stacked or param.dims[0] is not Dim.vocab:
-            yield SliceItem(param, layer), shape[0] * row * element
+            layer, expert = (*index, None, None)[:2]
+            yield SliceItem(param, layer, expert=expert), shape[0] * row * element
             continue
         step = max(1, CHUNK_BYTES // (row * element))
         for first in range(0, shape[0], step):
@@ -182,11 +191,12 @@ def apply_spec(
 
 
 def _write_item(item: SliceItem, kept: Tensor, spec: PruneSpec, writer: CheckpointWriter) -> None:
-    """Write one item in the pruned shape, without its layer dimension."""
-    shape = global_shape(item.param, spec.target)
-    first = item.rows[0] if item.rows is not None else item.layer or 0
-    whole = kept if item.layer is None else kept.unsqueeze(0)
-    writer.write(item.param.key, whole.contiguous(), global_shape=shape, offsets=(first, *[0] * (len(shape) - 1)))
+    """Write one item in the pruned shape, without the dimensions it is stacked over."""
+    _, index = spec.places(item.layer, item.expert)
+    first = item.rows[0] if item.rows is not None else 0
+    offsets = (*index, first, *[0] * (kept.dim() - 1))
+    whole = kept.reshape(*[1] * len(index), *kept.shape).contiguous()
+    writer.write(item.param.key, whole, global_shape=global_shape(item.param, spec.target), offsets=offsets)
 
 
 class _Slicing:
@@ -201,18 +211,17 @@ class _Slicing:
     def read(self, item: SliceItem) -> Tensor:
         """Read one item, and slice it; without its layer dimension."""
         spec, param = self._spec, item.param
-        lengths = list(global_shape(param, spec.source))
-        offsets = [0] * len(lengths)
+        shape = list(layer_shape(param, spec.source))
+        offsets = [0] * len(shape)
         if item.rows is not None:
-            offsets[0], lengths[0] = item.rows
-        if item.layer is not None:
-            offsets[0], lengths[0] = spec.layers[item.layer], 1
+            offsets[0], shape[0] = item.rows
+        index, _ = spec.places(item.layer, item.expert)
         self._turn = 1 - self._turn
         result = source = self._workspace.memory(f"result {self._turn}")
         if layer_shape(param, spec.source) != layer_shape(param, spec.target):
             source = self._workspace.memory("source")
-        tensor = self._reader.read(param.key, offsets, lengths, source)
-        return slice_param(param, tensor if item.layer is None else tensor.squeeze(0), item.layer, spec, result)
+        tensor = self._reader.read(param.key, (*index, *offsets), (*[1] * len(index), *shape), source)
+        return slice_param(param, tensor.reshape(shape), item.layer, spec, result, item.expert)
 
 
 def _check_tensors(spec: PruneSpec, shapes: Mapping[str, tuple[int, ...]], source: Path) -> None:

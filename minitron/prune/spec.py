@@ -35,9 +35,10 @@ class PruneSpec:
         source_id: Identity of the source weights, as the caller names it (a content hash).
         layers: Kept layers, counted from 0.
         hidden: Kept channels, the same in the whole network.
-        ffn: Kept neurons, one list per kept layer.
+        ffn: Kept neurons, one list per kept layer; with experts, neuron n of expert e is ``e * ffn_hidden_size + n``.
         heads: Kept query heads, one list per kept layer.
         groups: Kept query groups, one list per kept layer.
+        experts: Kept experts, one list per kept layer; empty for a model without.
         head_residual: Whether dropped query heads are merged into kept ones, and with which sign.
         head_pairs: The pairs to merge, one list per kept layer; empty where none are.
     """
@@ -50,6 +51,7 @@ class PruneSpec:
     ffn: list[list[int]]
     heads: list[list[int]]
     groups: list[list[int]]
+    experts: list[list[int]] = field(default_factory=list)
     head_residual: HeadResidual = HeadResidual.none
     head_pairs: list[list[HeadPair]] = field(default_factory=list)
 
@@ -63,25 +65,43 @@ class PruneSpec:
             source_id=source_id,
             layers=list(range(depth)),
             hidden=list(range(model.hidden_size)),
-            ffn=[list(range(model.ffn_hidden_size)) for _ in range(depth)],
+            ffn=[list(range(model.num_ffn_units)) for _ in range(depth)],
             heads=[list(range(model.num_attention_heads)) for _ in range(depth)],
             groups=[list(range(model.num_query_groups)) for _ in range(depth)],
+            experts=[list(range(model.num_moe_experts)) for _ in range(depth)] if model.num_moe_experts else [],
         )
 
-    def kept(self, layer: int | None) -> Mapping[Axis, Sequence[int]]:
+    def kept(self, layer: int | None, expert: int | None = None) -> Mapping[Axis, Sequence[int]]:
         """Kept units by axis, as `minitron.models.axes.kept_positions` wants them.
 
         Args:
             layer: Number of the layer in the pruned model; None for a parameter outside the layers.
+            expert: Number of the expert in the pruned layer, for a parameter of its own; neurons then count from its
+                first.
         """
         if layer is None:
             return {Axis.hidden: self.hidden}
-        return {
+        units = {
             Axis.hidden: self.hidden,
             Axis.ffn: self.ffn[layer],
             Axis.head: self.heads[layer],
             Axis.group: self.groups[layer],
         }
+        if self.experts:
+            units[Axis.expert] = self.experts[layer]
+        if expert is not None:
+            size = self.source.ffn_hidden_size
+            first = self.experts[layer][expert] * size
+            units[Axis.ffn] = [unit - first for unit in self.ffn[layer] if first <= unit < first + size]
+        return units
+
+    def places(self, layer: int | None, expert: int | None = None) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Where a parameter of a layer (of one expert) is stacked, in the source and in the pruned model."""
+        if layer is None:
+            return (), ()
+        if expert is None:
+            return (self.layers[layer],), (layer,)
+        return (self.layers[layer], self.experts[layer][expert]), (layer, expert)
 
     def validate(self) -> None:
         """Check that the lists fit the two architectures.
@@ -99,7 +119,7 @@ class PruneSpec:
                 )
         _check_units("layers", self.layers, source.num_layers, target.num_layers)
         _check_units("hidden", self.hidden, source.hidden_size, target.hidden_size)
-        for name in _PER_LAYER:
+        for name in self._per_layer:
             lists = getattr(self, name)
             if len(lists) != target.num_layers:
                 raise PruneError(
@@ -107,7 +127,7 @@ class PruneSpec:
                 )
         for i, layer in enumerate(self.layers):
             where = f"of layer {layer}"
-            _check_units(f"ffn {where}", self.ffn[i], source.ffn_hidden_size, target.ffn_hidden_size)
+            _check_units(f"ffn {where}", self.ffn[i], source.num_ffn_units, target.num_ffn_units)
             _check_units(
                 f"heads {where}",
                 self.heads[i],
@@ -116,6 +136,9 @@ class PruneSpec:
             )
             _check_units(f"groups {where}", self.groups[i], source.num_query_groups, target.num_query_groups)
             self._check_groups(where, self.heads[i], self.groups[i])
+            if source.num_moe_experts is not None:
+                _check_units(f"experts {where}", self.experts[i], source.num_moe_experts, target.num_moe_experts or 0)
+                self._check_experts(where, self.ffn[i], self.experts[i])
         self._check_pairs()
 
     def to_json(self) -> str:
@@ -128,7 +151,7 @@ class PruneSpec:
             "layers": write_units(self.layers),
             "hidden": write_units(self.hidden),
         }
-        lists = {name: [write_units(u) for u in getattr(self, name)] for name in _PER_LAYER}
+        lists = {name: [write_units(u) for u in getattr(self, name)] for name in self._per_layer}
         merging: dict[str, Any] = {}
         if self.head_residual is not HeadResidual.none:
             pairs = [",".join(f"{pair.kept}<{pair.dropped}" for pair in of_layer) for of_layer in self.head_pairs]
@@ -165,7 +188,7 @@ class PruneSpec:
                 source_id=values["source_id"],
                 layers=read_units(values["layers"]),
                 hidden=read_units(values["hidden"]),
-                **{name: [read_units(u) for u in values[name]] for name in _PER_LAYER},
+                **{name: [read_units(u) for u in values.get(name, [])] for name in (*_PER_LAYER, "experts")},
                 head_residual=HeadResidual(values.get("head_residual", HeadResidual.none)),
                 head_pairs=[_read_pairs(text) for text in values.get("head_pairs", [])],
             )
@@ -201,6 +224,21 @@ class PruneSpec:
                         f"the layer keeps heads {write_units(self.heads[i])} of {self.source.num_attention_heads} in "
                         f"groups of {per_group}; name a kept head and a dropped one of its group"
                     )
+
+    @property
+    def _per_layer(self) -> tuple[str, ...]:
+        return _PER_LAYER if self.source.num_moe_experts is None else (*_PER_LAYER, "experts")
+
+    def _check_experts(self, where: str, ffn: Sequence[int], experts: Sequence[int]) -> None:
+        """Every kept expert keeps as many neurons, dropped ones none."""
+        for expert in range(self.source.num_moe_experts or 0):
+            have = sum(unit // self.source.ffn_hidden_size == expert for unit in ffn)
+            want = self.target.ffn_hidden_size if expert in experts else 0
+            if have != want:
+                raise PruneError(
+                    f"prune spec: {where}, expert {expert} keeps {have} neurons, not {want}; kept experts "
+                    f"({write_units(experts)}) keep {self.target.ffn_hidden_size}, dropped ones none"
+                )
 
     def _check_groups(self, where: str, heads: Sequence[int], groups: Sequence[int]) -> None:
         """Every kept group keeps as many heads, and no head is kept without its group."""

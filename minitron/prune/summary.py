@@ -20,6 +20,7 @@ _NAMES = {
     "ffn_hidden_size": "ffn",
     "num_attention_heads": "heads",
     "num_query_groups": "groups",
+    "num_moe_experts": "experts",
 }
 
 
@@ -52,7 +53,7 @@ def describe(spec: PruneSpec) -> dict[str, object]:
     summary: dict[str, object] = {}
     for size in SIZES:
         before, after = getattr(source, size), getattr(target, size)
-        if size != "num_query_groups" or before != after:
+        if before is not None and (size != "num_query_groups" or before != after):
             summary[_NAMES[size]] = f"{before} -> {after}"
     summary["dropped_layers"] = write_units([n for n in range(source.num_layers) if n not in spec.layers])
     if spec.head_residual is not HeadResidual.none:

@@ -10,7 +10,7 @@ from minitron.checkpoint.folder import read_model_config
 from minitron.config.model import ModelConfig
 from minitron.data.summary import load_summary
 from minitron.errors import ArtefactError
-from minitron.models.axes import num_embedding_parameters, num_parameters
+from minitron.models.axes import num_active_parameters, num_embedding_parameters, num_parameters
 from minitron.report.cost import forward_flops, training_flops
 from minitron.report.data import (
     Cost,
@@ -255,8 +255,9 @@ def _cost(
     distill: TrainingCurve,
     baseline: TrainingCurve | None,
 ) -> Cost:
-    student, teacher = num_parameters(shapes[Role.distilled]), teacher_parameters(metas["distill"])
+    student, teacher = num_active_parameters(shapes[Role.distilled]), teacher_parameters(metas["distill"])
     corrected = read_curve(run.stage("correct")).tokens[-1] if "correct" in metas else 0
+    control = num_active_parameters(shapes[Role.baseline]) if baseline else 0
     tokens = distill.tokens[-1]
     return Cost(
         tokens=tokens,
@@ -264,9 +265,9 @@ def _cost(
         teacher_parameters=teacher,
         teacher_flops=forward_flops(teacher, tokens),
         correction_tokens=corrected,
-        correction_flops=training_flops(num_parameters(shapes[Role.teacher]), corrected),
+        correction_flops=training_flops(num_active_parameters(shapes[Role.teacher]), corrected),
         baseline_tokens=baseline.tokens[-1] if baseline else None,
-        baseline_flops=training_flops(num_parameters(shapes[Role.baseline]), baseline.tokens[-1]) if baseline else None,
+        baseline_flops=training_flops(control, baseline.tokens[-1]) if baseline else None,
     )
 
 

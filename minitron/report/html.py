@@ -23,6 +23,7 @@ _AXES = (
     ("ffn neurons per layer", "ffn_hidden_size"),
     ("query heads per layer", "num_attention_heads"),
     ("query groups per layer", "num_query_groups"),
+    ("experts per layer", "num_moe_experts"),
     ("channels per head", "kv_channels"),
     ("vocabulary", "vocab_size"),
 )
@@ -73,8 +74,9 @@ def load_snippet(folder: Path) -> str:
 
 
 def _axis_rows(prune: PruneResult) -> list[tuple[str, int, int, float, float | None]]:
-    """Name, size before, size after, share kept and share of the scores kept of each axis."""
+    """Name, size before, size after, share kept and share of the scores kept of each axis that the model has."""
     rows = [(name, key, getattr(prune.source, key), getattr(prune.target, key)) for name, key in _AXES]
+    rows = [row for row in rows if row[2] is not None]
     return [(name, before, after, after / before, prune.score_kept.get(key)) for name, key, before, after in rows]
 
 

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, field, replace
 
 from minitron.config.model import ModelConfig
 from minitron.config.parallel import ParallelConfig, check_layout
-from minitron.config.prune import SIZES, PruneConfig, check_target
+from minitron.config.prune import DENSE_SIZES, PruneConfig, check_target
 from minitron.config.search import COSTS, BoundsConfig, SearchConfig
 from minitron.errors import ConfigError, LayoutError, PruneError
 from minitron.models.axes import num_embedding_parameters, num_parameters
@@ -53,7 +53,7 @@ class Candidate:
 
     def prune(self, config: PruneConfig) -> PruneConfig:
         """The prune section that makes it."""
-        sizes = {name: getattr(self.model, name) for name in SIZES}
+        sizes = {name: getattr(self.model, name) for name in DENSE_SIZES}
         if config.drop_layers is not None:
             sizes["num_layers"] = None  # their list says how many
         return replace(config, **sizes)
@@ -114,7 +114,7 @@ def enumerate_space(
         if model is None or not _divides(model, search, space):
             continue
         candidate = Candidate(model, _costs(model, search, latency))
-        values = {name: getattr(model, name) for name in (*SIZES, "kv_channels", "vocab_size")}
+        values = {name: getattr(model, name) for name in (*DENSE_SIZES, "kv_channels", "vocab_size")}
         values |= {name: value for name, value in asdict(candidate.costs).items() if value is not None}
         if condition is not None and not condition.holds(values):
             space.drop("search.filter", candidate.name)
@@ -191,7 +191,7 @@ def _make(
 def _divides(model: ModelConfig, search: SearchConfig, space: Space) -> bool:
     """Whether every size is a multiple of what it should be."""
     divisors, ranks = search.divisors, search.serving.tensor_model_parallel_size
-    for name in SIZES:
+    for name in DENSE_SIZES:
         size, divisor = getattr(model, name), getattr(divisors, name)
         if size % divisor:
             space.drop(f"search.divisors.{name}", f"{name}={size} is no multiple of {divisor}")

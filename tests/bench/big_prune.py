@@ -235,12 +235,12 @@ def write_source(model: ModelConfig, folder: Path) -> None:
     write_model_config(folder, model)
     writer = CheckpointWriter(weights_dir(folder))
     rng = np.random.Generator(np.random.SFC64(0))
-    for param, layer in blocks(model):
+    for param, index in blocks(model):
         shape = global_shape(param, model)
-        box = layer_shape(param, model) if layer is None else (1, *layer_shape(param, model))
+        box = (*[1] * len(index), *layer_shape(param, model))
         numbers = rng.integers(2**16, size=box, dtype=np.uint16) & 0xBFFF
         tensor = torch.from_numpy(numbers).view(torch.bfloat16)
-        writer.write(param.key, tensor, global_shape=shape, offsets=(layer or 0, *[0] * (len(shape) - 1)))
+        writer.write(param.key, tensor, global_shape=shape, offsets=(*index, *[0] * (len(shape) - len(index))))
     writer.finish()
 
 

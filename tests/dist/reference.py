@@ -1,24 +1,25 @@
-"""Tiny models as Hugging Face and checkpoint folders, and dense fp64 formulas on transformers' Llama."""
+"""Tiny models as Hugging Face and checkpoint folders, and dense fp64 formulas on transformers' models."""
 
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from minitron.config.model import ModelConfig
 from minitron.config.parallel import ParallelConfig
 from minitron.config.run import RandomModelConfig
-from minitron.models.axes import params_of, part_rows
+from minitron.models.axes import params_of, part_rows, stack_shape
 from minitron.models.hf_import import import_model
 from minitron.models.random_source import write_random_model
 
 VOCAB_SIZE = 257
 
 
-def make_model(folder: Path, *, seed: int, std: float = 0.2, **changes: Any) -> Path:
-    """Make ``folder/hf`` and ``folder/checkpoint`` of a Llama whose weights are large enough to matter."""
+def make_model(folder: Path, *, seed: int, std: float = 0.2, model_type: str = "llama", **changes: Any) -> Path:
+    """Make ``folder/hf`` and ``folder/checkpoint`` of a model whose weights are large enough to matter."""
     write_random_model(RandomModelConfig(), folder / "hf")  # for its tokenizer
     values: dict[str, Any] = {
         "num_hidden_layers": 4,
@@ -32,10 +33,10 @@ def make_model(folder: Path, *, seed: int, std: float = 0.2, **changes: Any) -> 
         "tie_word_embeddings": True,
     }
     torch.manual_seed(seed)
-    llama = LlamaForCausalLM(LlamaConfig(**{**values, **changes}))
-    for parameter in llama.parameters():
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **{**values, **changes}))
+    for parameter in model.parameters():
         torch.nn.init.normal_(parameter, mean=float(parameter.dim() == 1), std=std)
-    llama.save_pretrained(folder / "hf")
+    model.save_pretrained(folder / "hf")
     import_model(folder / "hf", folder / "checkpoint")
     return folder
 
@@ -57,15 +58,15 @@ def layout(
     )
 
 
-def dense(hf: Path) -> LlamaForCausalLM:
-    """The model in fp64 throughout: transformers' norm computes in fp32, torch's keeps its input's type."""
-    llama = LlamaForCausalLM.from_pretrained(hf, dtype=torch.float64, attn_implementation="sdpa")
-    for name, module in list(llama.named_modules()):
-        if type(module).__name__ == "LlamaRMSNorm":
-            norm = torch.nn.RMSNorm(llama.config.hidden_size, eps=llama.config.rms_norm_eps, dtype=torch.float64)
+def dense(hf: Path) -> Any:
+    """The model in fp64 throughout: transformers' RMS norm computes in fp32, torch's keeps its input's type."""
+    model = AutoModelForCausalLM.from_pretrained(hf, dtype=torch.float64, attn_implementation="sdpa", experts_implementation="eager")
+    for name, module in list(model.named_modules()):
+        if type(module).__name__.endswith("RMSNorm"):
+            norm = torch.nn.RMSNorm(module.weight.shape, eps=module.variance_epsilon, dtype=torch.float64)
             norm.load_state_dict(module.state_dict())
-            llama.set_submodule(name, norm)
-    return llama.eval()
+            model.set_submodule(name, norm)
+    return model.eval()
 
 
 def dense_logits(hf: Path, tokens_BS: Tensor) -> Tensor:
@@ -87,9 +88,9 @@ def hf_tensors(canonical: dict[str, Tensor], model: ModelConfig) -> dict[str, Te
     """A checkpoint's tensors under transformers' names; rows that pad the vocabulary are left out."""
     out = {}
     for param in params_of(model):
-        for layer in range(model.num_layers if param.stacked else 1):
-            tensor = canonical[param.key][layer] if param.stacked else canonical[param.key]
+        for index in np.ndindex(stack_shape(param, model)):
             for hf in param.hf:
                 rows = torch.from_numpy(part_rows(param.dims[0], hf.part, model))
-                out[hf.name.format(layer=layer)] = tensor[rows]
+                name = hf.name.format(**dict(zip(("layer", "expert"), index, strict=False)))
+                out[name] = canonical[param.key][index][rows]
     return out

@@ -14,6 +14,8 @@ from transformers import AutoModelForCausalLM
 REPOSITORY = Path(__file__).resolve().parents[2]
 
 SHAPES = {
+    "nemotron4_15b-to-8b": (4, 64, 256, 12, 2),
+    "nemotron4_8b-to-4b": (4, 48, 144, 6, 2),
     "llama31_8b-to-4b_width": (4, 48, 144, 8, 2),
     "llama31_8b-to-4b_depth": (2, 64, 224, 8, 2),
     "mistral_nemo_12b-to-8b": (5, 64, 180, 8, 2),
@@ -73,6 +75,7 @@ def test_experiment_runs_end_to_end(runs_dir: Path, experiment: str) -> None:
     assert torch.isfinite(model(torch.arange(8)[None]).logits).all()
     metas = {file.parent.name: json.loads(file.read_text()) for file in run.glob("*/meta.json")}
     assert metas["distill"]["summary"]["tokens"] == 2048
-    assert metas["correct"]["summary"]["tokens"] == 1024
-    assert "correct" in metas["distill"]["inputs"]  # the corrected teacher taught
+    if not experiment.startswith("nemotron"):  # paper 1 distils on the teacher's own data
+        assert metas["correct"]["summary"]["tokens"] == 1024
+        assert "correct" in metas["distill"]["inputs"]  # the corrected teacher taught
     assert (run / "report" / "report.html").exists()

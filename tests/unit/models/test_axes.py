@@ -128,38 +128,67 @@ def test_hf_tensors_run_layer_by_layer() -> None:
     assert shapes["model.layers.1.mlp.up_proj.weight"] == (5, 6)
     assert len(list(blocks(MODEL))) == 3 * 6 + 3
     for param in params_of(MODEL):
-        rows = sum(t.shape[0] for t in tensors if t.param is param and t.layer == (0 if param.stacked else None))
+        rows = sum(t.shape[0] for t in tensors if t.param is param and t.index == ((0,) if param.stacked else ()))
         assert rows == layer_shape(param, MODEL)[0]
 
 
-# Published shapes: layers, hidden, ffn, heads, groups, vocabulary; billions in all and without
-# embeddings (Minitron and Mistral-NeMo-Minitron papers and model cards).
+# Published shapes: class, layers, hidden, ffn, heads, groups, vocabulary; billions in all and without embeddings
+# (Minitron and Mistral-NeMo-Minitron papers and model cards; Nemotron-4 15B: its report).
 PUBLISHED = {
-    "Llama-3.1-8B": (32, 4096, 14336, 32, 8, 128256, 8.030, 6.980),
-    "Llama-3.1-Minitron-4B-Width": (32, 3072, 9216, 32, 8, 128256, 4.513, 3.725),
-    "Llama-3.1-Minitron-4B-Depth": (16, 4096, 14336, 32, 8, 128256, 4.540, 3.490),
-    "Mistral-NeMo-Minitron-8B": (40, 4096, 11520, 32, 8, 131072, 8.414, 7.340),
+    "Nemotron-4-15B": (Architecture.nemotron, 32, 6144, 24576, 48, 8, 256000, 15.629, 12.483),
+    "Minitron-8B": (Architecture.nemotron, 32, 4096, 16384, 48, 8, 256000, 8.272, 6.175),
+    "Minitron-4B": (Architecture.nemotron, 32, 3072, 9216, 24, 8, 256000, 4.191, 2.618),
+    "Llama-3.1-8B": (Architecture.llama, 32, 4096, 14336, 32, 8, 128256, 8.030, 6.980),
+    "Llama-3.1-Minitron-4B-Width": (Architecture.llama, 32, 3072, 9216, 32, 8, 128256, 4.513, 3.725),
+    "Llama-3.1-Minitron-4B-Depth": (Architecture.llama, 16, 4096, 14336, 32, 8, 128256, 4.540, 3.490),
+    "Mistral-NeMo-12B": (Architecture.mistral, 40, 5120, 14336, 32, 8, 131072, 12.248, 10.906),
+    "Mistral-NeMo-Minitron-8B": (Architecture.mistral, 40, 4096, 11520, 32, 8, 131072, 8.414, 7.340),
 }
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_published_parameter_counts(name: str) -> None:
-    layers, hidden, ffn, heads, groups, vocab, total, body = PUBLISHED[name]
+    architecture, layers, hidden, ffn, heads, groups, vocab, total, body = PUBLISHED[name]
     model = ModelConfig(
-        architecture=Architecture.mistral if name.startswith("Mistral") else Architecture.llama,
-        num_layers=int(layers),
-        hidden_size=int(hidden),
-        ffn_hidden_size=int(ffn),
-        num_attention_heads=int(heads),
-        num_query_groups=int(groups),
+        architecture=architecture,
+        num_layers=layers,
+        hidden_size=hidden,
+        ffn_hidden_size=ffn,
+        num_attention_heads=heads,
+        num_query_groups=groups,
         kv_channels=128,
-        vocab_size=int(vocab),
+        vocab_size=vocab,
         max_position_embeddings=8192,
         layernorm_epsilon=1e-5,
         rotary_base=500000.0,
     )
     assert round(num_parameters(model) / 1e9, 3) == total
     assert round((num_parameters(model) - num_embedding_parameters(model)) / 1e9, 3) == body
+
+
+# The smallest published model of each of these families: its config.json, and what transformers counts.
+EXACT = {
+    "Qwen2.5-0.5B": (Architecture.qwen2, 24, 896, 4864, 14, 2, 64, 494_032_768),
+    "Qwen3-0.6B": (Architecture.qwen3, 28, 1024, 3072, 16, 8, 128, 596_049_920),
+}
+
+
+@pytest.mark.parametrize("name", EXACT)
+def test_qwen_to_the_last_parameter(name: str) -> None:
+    architecture, layers, hidden, ffn, heads, groups, channels, total = EXACT[name]
+    model = replace(
+        MODEL,
+        architecture=architecture,
+        num_layers=layers,
+        hidden_size=hidden,
+        ffn_hidden_size=ffn,
+        num_attention_heads=heads,
+        num_query_groups=groups,
+        kv_channels=channels,
+        vocab_size=151936,
+        share_embeddings_and_output_weights=True,
+    )
+    assert num_parameters(model) == total
 
 
 def test_smollm2_135m_to_the_last_parameter() -> None:

@@ -16,6 +16,21 @@ from tests.unit.models.tiny_hf import LLAMA3_ROPE, SIZES
 
 LLAMA: dict[str, Any] = {"architectures": ["LlamaForCausalLM"], "model_type": "llama"} | SIZES
 MISTRAL: dict[str, Any] = {"architectures": ["MistralForCausalLM"], "model_type": "mistral"} | SIZES
+QWEN2: dict[str, Any] = {"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2"} | SIZES
+QWEN3: dict[str, Any] = {"architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3"} | SIZES
+NEMOTRON: dict[str, Any] = {"architectures": ["NemotronForCausalLM"], "model_type": "nemotron"} | SIZES
+BASES = [LLAMA, MISTRAL, QWEN2, QWEN3, NEMOTRON]
+QWEN3_MOE: dict[str, Any] = {
+    "architectures": ["Qwen3MoeForCausalLM"],
+    "model_type": "qwen3_moe",
+    "moe_intermediate_size": 10,
+    "num_experts": 6,
+    "num_experts_per_tok": 2,
+} | SIZES
+
+
+def type_of(config: dict[str, Any]) -> str:
+    return str(config["model_type"])
 
 
 def by_transformers(config: dict[str, Any], folder: Path) -> Any:
@@ -23,7 +38,7 @@ def by_transformers(config: dict[str, Any], folder: Path) -> Any:
     return AutoConfig.from_pretrained(folder, local_files_only=True)
 
 
-@pytest.mark.parametrize("base", [LLAMA, MISTRAL], ids=["llama", "mistral"])
+@pytest.mark.parametrize("base", BASES, ids=type_of)
 @pytest.mark.parametrize(
     "change",
     [
@@ -36,12 +51,14 @@ def by_transformers(config: dict[str, Any], folder: Path) -> Any:
         {"rope_parameters": {"rope_type": "default", "rope_theta": 777.0}},
         {"sliding_window": 9},
         {"sliding_window": None},
-        {"rms_norm_eps": 1e-4, "initializer_range": 0.01},
+        {"rms_norm_eps": 1e-4, "norm_eps": 1e-3, "initializer_range": 0.01},
     ],
     ids=lambda change: "-".join(map(str, change)) or "plain",
 )
 def test_reads_what_transformers_reads(base: dict[str, Any], change: dict[str, Any], tmp_path: Path) -> None:
     config = base | change
+    if base is QWEN3 and change == {"head_dim": None}:  # transformers wants a number
+        config["head_dim"] = 128
     ours, theirs = model_from_hf_config(config), by_transformers(config, tmp_path)
     assert ours == ModelConfig(
         architecture=Architecture(theirs.architectures[0]),
@@ -50,15 +67,20 @@ def test_reads_what_transformers_reads(base: dict[str, Any], change: dict[str, A
         ffn_hidden_size=theirs.intermediate_size,
         num_attention_heads=theirs.num_attention_heads,
         num_query_groups=theirs.num_key_value_heads,
-        kv_channels=theirs.head_dim,
+        kv_channels=getattr(theirs, "head_dim", None) or theirs.hidden_size // theirs.num_attention_heads,
         vocab_size=theirs.vocab_size,
         max_position_embeddings=theirs.max_position_embeddings,
-        layernorm_epsilon=theirs.rms_norm_eps,
+        layernorm_epsilon=epsilon_of(theirs),
         rotary_base=theirs.rope_parameters["rope_theta"],
+        rotary_percent=theirs.rope_parameters.get("partial_rotary_factor", 1.0),
         sliding_window=theirs.sliding_window if theirs.model_type == "mistral" else None,
         share_embeddings_and_output_weights=theirs.tie_word_embeddings,
         init_method_std=theirs.initializer_range,
     )
+
+
+def epsilon_of(theirs: Any) -> float:
+    return float(theirs.norm_eps if theirs.model_type == "nemotron" else theirs.rms_norm_eps)
 
 
 def test_llama_without_groups_has_one_a_head(tmp_path: Path) -> None:
@@ -67,17 +89,21 @@ def test_llama_without_groups_has_one_a_head(tmp_path: Path) -> None:
     assert by_transformers(config, tmp_path).num_key_value_heads == 4
 
 
-@pytest.mark.parametrize("base", [LLAMA, MISTRAL], ids=["llama", "mistral"])
+@pytest.mark.parametrize("base", BASES, ids=type_of)
 def test_defaults_are_those_of_transformers(base: dict[str, Any], tmp_path: Path) -> None:
     silent = {"num_key_value_heads", "max_position_embeddings"}
     config = {key: value for key, value in base.items() if key not in silent}
-    config["num_attention_heads"] = 8
+    config |= {"num_attention_heads": 32, "hidden_size": 64}
     ours, theirs = model_from_hf_config(config), by_transformers(config, tmp_path)
-    assert ours.num_query_groups == theirs.num_key_value_heads == 8
+    assert ours.num_query_groups == (theirs.num_key_value_heads or 32)
+    assert ours.num_query_groups == (8 if base is MISTRAL else 32)
+    assert ours.kv_channels == (128 if base is QWEN3 else 2) == getattr(theirs, "head_dim", 2)
+    assert ours.rotary_percent == theirs.rope_parameters.get("partial_rotary_factor", 1.0)
+    assert ours.init_method_std == theirs.initializer_range
     assert ours.max_position_embeddings == theirs.max_position_embeddings
-    assert ours.layernorm_epsilon == theirs.rms_norm_eps
+    assert ours.layernorm_epsilon == epsilon_of(theirs)
     assert ours.rotary_base == theirs.rope_parameters["rope_theta"]
-    assert ours.sliding_window == getattr(theirs, "sliding_window", None)
+    assert ours.sliding_window == (theirs.sliding_window if base is MISTRAL else None)
     assert ours.share_embeddings_and_output_weights is theirs.tie_word_embeddings
 
 
@@ -128,6 +154,40 @@ def test_refuses_in_one_line(change: dict[str, Any], words: list[str]) -> None:
     assert all(word in str(caught.value) for word in words), str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("base", "change", "words"),
+    [
+        (QWEN2, {"use_sliding_window": True}, ["use_sliding_window=true", "windows"]),
+        (QWEN3, {"use_sliding_window": True, "max_window_layers": 1}, ["use_sliding_window=true"]),
+        (QWEN3, {"attention_bias": True}, ["attention_bias=true"]),
+        (QWEN2, {"hidden_act": "gelu"}, ["hidden_act=gelu", "known: silu"]),
+        (NEMOTRON, {"hidden_act": "silu"}, ["hidden_act=silu", "known: relu2"]),
+        (NEMOTRON, {"attention_bias": True}, ["attention_bias=true"]),
+        (NEMOTRON, {"partial_rotary_factor": 1.5}, ["rotary_percent=1.5", "at most 1"]),
+        (QWEN2, {"partial_rotary_factor": 0.5}, ["partial_rotary_factor=0.5"]),
+        (QWEN3_MOE, {"mlp_only_layers": [1]}, ["mlp_only_layers=[1]", "layers without experts"]),
+        (QWEN3_MOE, {"decoder_sparse_step": 2}, ["decoder_sparse_step=2", "layers without experts"]),
+        (QWEN3_MOE, {"num_experts_per_tok": 7}, ["moe_router_topk=7", "num_moe_experts=6"]),
+        (QWEN2, {"rope_scaling": {"type": "yarn", "factor": 4.0}}, ["yarn"]),
+    ],
+    ids=lambda value: type_of(value) if "model_type" in value else "-".join(value),
+)
+def test_refuses_of_a_family(base: dict[str, Any], change: dict[str, Any], words: list[str]) -> None:
+    test_refuses_in_one_line(base | change, words)
+
+
+def test_a_mixture_of_experts(tmp_path: Path) -> None:
+    model = model_from_hf_config(QWEN3_MOE)
+    assert (model.num_moe_experts, model.moe_router_topk, model.ffn_hidden_size) == (6, 2, 10)
+    assert model.moe_router_pre_softmax  # norm_topk_prob is false where it is not given
+    pruned = replace(model, num_moe_experts=3, ffn_hidden_size=7, hidden_size=22)
+    config = to_hf_config(pruned, QWEN3_MOE | {"norm_topk_prob": False})
+    assert model_from_hf_config(config) == pruned
+    theirs = AutoModelForCausalLM.from_config(by_transformers(config, tmp_path))
+    assert sum(p.numel() for p in theirs.parameters()) == num_parameters(pruned)
+    assert not theirs.config.norm_topk_prob
+
+
 def test_pruned_shape_over_the_source(tmp_path: Path) -> None:
     base = MISTRAL | {"sliding_window": 64, "layer_types": ["sliding_attention"] * 3, "use_cache": True}
     pruned = replace(model_from_hf_config(base), num_layers=2, hidden_size=18, ffn_hidden_size=16, kv_channels=6)
@@ -141,9 +201,10 @@ def test_pruned_shape_over_the_source(tmp_path: Path) -> None:
     assert sum(p.numel() for p in theirs.parameters()) == num_parameters(pruned)
 
 
+@pytest.mark.parametrize("base", BASES, ids=type_of)
 @pytest.mark.parametrize("rope", [{}, {"rope_parameters": LLAMA3_ROPE}], ids=["default", "llama3"])
-def test_without_a_base_everything_is_written(rope: dict[str, Any], tmp_path: Path) -> None:
-    model = model_from_hf_config(LLAMA | rope)
+def test_without_a_base_everything_is_written(base: dict[str, Any], rope: dict[str, Any], tmp_path: Path) -> None:
+    model = model_from_hf_config(base | rope)
     config = to_hf_config(model, {})
     assert model_from_hf_config(config) == model
     theirs = by_transformers(config, tmp_path)
@@ -166,4 +227,6 @@ def test_shapes_that_transformers_refuses_are_refused_before(tmp_path: Path) -> 
     config = LLAMA | {"hidden_size": 22, "head_dim": 6}
     with pytest.raises(Exception, match="not a multiple"):  # the day this passes, drop the check
         by_transformers(config, tmp_path)
-    check_loadable(replace(model, architecture=Architecture.mistral))
+    for base in BASES[1:]:  # no other class asks for it
+        check_loadable(replace(model_from_hf_config(base), hidden_size=22))
+        assert by_transformers(base | {"hidden_size": 22, "head_dim": 6}, tmp_path).head_dim == 6

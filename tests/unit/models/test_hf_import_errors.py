@@ -64,7 +64,19 @@ BROKEN: dict[str, tuple[Callable[[Path], object], str]] = {
     "config not JSON": (lambda f: (f / "config.json").write_text("{"), "cannot be read"),
     "architecture": (
         lambda f: edit_json(f / "config.json", architectures=["Gemma2ForCausalLM"]),
-        "Gemma2ForCausalLM is not known; known: LlamaForCausalLM, MistralForCausalLM",
+        "Gemma2ForCausalLM is not known; known: LlamaForCausalLM, MistralForCausalLM, Qwen2ForCausalLM",
+    ),
+    "null where a number must be": (
+        lambda f: edit_json(f / "config.json", rms_norm_eps=None),
+        r"source/config\.json is refused by transformers: .*'rms_norm_eps'.*float, got NoneType",
+    ),
+    "what transformers cannot build": (
+        lambda f: edit_json(f / "config.json", hidden_size=26, head_dim=6),
+        r"source/config\.json is refused by transformers: .*26\) is not a multiple",
+    ),
+    "activation": (
+        lambda f: edit_json(f / "config.json", hidden_act="gelu"),
+        r"source/config\.json: hidden_act=gelu is not supported",
     ),
     "no weights": (only_torch_weights, r"neither .* nor .* \(found pytorch_model\.bin\)"),
     "shard absent": (

@@ -7,13 +7,7 @@ import torch
 from safetensors import safe_open
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor
-from transformers import (
-    LlamaConfig,
-    LlamaForCausalLM,
-    MistralConfig,
-    MistralForCausalLM,
-    PreTrainedTokenizerFast,
-)
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 VOCAB_SIZE = 96
 SIZES: dict[str, Any] = {
@@ -46,6 +40,13 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "mistral": {"sliding_window": None},
     "mistral-window": {"sliding_window": 5, "head_dim": 8, "tie_word_embeddings": True},
     "mistral-hidden-not-multiple": {"hidden_size": 22, "head_dim": 6},
+    "qwen2": {"vocab_size": VOCAB_SIZE + 1},  # transformers' class of its tokenizer adds a token
+    "qwen2-tied": {"vocab_size": VOCAB_SIZE + 1, "tie_word_embeddings": True, "hidden_size": 22, "head_dim": 6},
+    "qwen3": {"head_dim": 10},
+    "qwen3-tied": {"tie_word_embeddings": True, "hidden_size": 22, "head_dim": 8},
+    "qwen3_moe": {"num_experts": 5, "num_experts_per_tok": 2, "moe_intermediate_size": 10, "norm_topk_prob": True},
+    "nemotron": {},
+    "nemotron-tied": {"tie_word_embeddings": True, "hidden_size": 22, "head_dim": 8, "partial_rotary_factor": 0.25},
 }
 
 
@@ -53,11 +54,7 @@ def save_tiny(folder: Path, variant: str = "llama", *, dtype: torch.dtype = torc
     """Make one of `VARIANTS` with weights that all differ, and a tokenizer, in ``folder``."""
     torch.manual_seed(len(variant))
     values = SIZES | VARIANTS[variant]
-    model: Any
-    if variant.startswith("llama"):
-        model = LlamaForCausalLM(LlamaConfig(**values))
-    else:
-        model = MistralForCausalLM(MistralConfig(**values))
+    model: Any = AutoModelForCausalLM.from_config(AutoConfig.for_model(variant.split("-")[0], **values))
     with torch.no_grad():
         for parameter in model.parameters():  # norms too: transformers starts them at one
             parameter.copy_(torch.randn(parameter.shape) * 0.2 + 0.1)

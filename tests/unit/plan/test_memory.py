@@ -47,6 +47,9 @@ def layout(tp: int = 1, pp: int = 1, dp: int = 1, **settings: object) -> Paralle
     )
 
 
+NEMOTRON = replace(MODEL, architecture=Architecture.nemotron, rotary_percent=0.5)
+
+
 @pytest.mark.parametrize("model", [MODEL, TIED], ids=["untied", "tied"])
 def test_parameters_of_all_ranks_are_the_models(model: ModelConfig) -> None:
     assert stage_parameters(model, layout()) == [num_parameters(model)]
@@ -66,8 +69,9 @@ def test_parameters_of_all_ranks_are_the_models(model: ModelConfig) -> None:
         (MODEL, layout(dp=2), Dtype.bf16),
         (MODEL, layout(dp=2), Dtype.fp32),
         (TIED, layout(tp=2, pp=2), Dtype.fp32),
+        (NEMOTRON, layout(tp=2), Dtype.fp32),
     ],
-    ids=["tied pp2", "tp2 sp", "dp2", "dp2 fp32", "tied tp2 pp2 fp32"],
+    ids=["tied pp2", "tp2 sp", "dp2", "dp2 fp32", "tied tp2 pp2 fp32", "nemotron tp2 fp32"],
 )
 def test_megatron_holds_what_is_planned(
     pool: WorkerPool, model: ModelConfig, parallel: ParallelConfig, dtype: Dtype
@@ -83,10 +87,11 @@ def test_megatron_holds_what_is_planned(
         assert held.optimizer == expected.optimizer - 4 * norms / parallel.data_parallel_size
 
 
-def test_torch_counts_the_flops(pool: WorkerPool) -> None:
+@pytest.mark.parametrize("model", [MODEL, NEMOTRON], ids=["gated", "no gate"])
+def test_torch_counts_the_flops(pool: WorkerPool, model: ModelConfig) -> None:
     length = 16
-    [counted] = pool.run(workers.counted_flops, 1, MODEL, seq_length=length)
-    flops = forward_flops(MODEL, length)
+    [counted] = pool.run(workers.counted_flops, 1, model, seq_length=length)
+    flops = forward_flops(model, length)
     # On a CPU the attention is not fused: it computes what the mask then hides.
     attention = flops.attention * length / ((length + 1) / 2)
     assert counted == length * (flops.linears + attention)
@@ -95,6 +100,7 @@ def test_torch_counts_the_flops(pool: WorkerPool) -> None:
 def test_activations_by_hand() -> None:
     # 4 x 128 of norms and their linears; q 256, k 64, v 64, output 256; gate and up 512, their product 256.
     assert layer_elements(MODEL, layout()) == 512 + 640 + 768
+    assert layer_elements(NEMOTRON, layout()) == 512 + 640 + 512  # without a gate
     assert layer_elements(MODEL, layout(tp=2)) == 512 + (640 + 768) / 2
     assert layer_elements(MODEL, layout(tp=2, sequence_parallel=True)) == (512 + 640 + 768) / 2
     [one] = training_memory(MODEL, layout(), Dtype.bf16, Batches(10, 4))

@@ -8,6 +8,8 @@ from minitron.models.axes import num_embedding_parameters, num_parameters
 from minitron.plan.trainings import Plan, PlannedPass, plan_run
 
 STEPS = {
+    "nemotron4_15b-to-8b": (20_000, 94.37e9, 1152 * 4096),
+    "nemotron4_8b-to-4b": (20_000, 94.37e9, 1152 * 4096),
     "llama31_8b-to-4b_width": (10_000, 94.37e9, 1152 * 8192),
     "llama31_8b-to-4b_depth": (10_000, 94.37e9, 1152 * 8192),
     "mistral_nemo_12b-to-8b": (60_400, 380e9, 768 * 8192),
@@ -15,6 +17,8 @@ STEPS = {
 """Steps, tokens, tokens of a step (arXiv 2407.14679, section 4; arXiv 2408.11796, Table 4)."""
 
 SIZES = {
+    "nemotron4_15b-to-8b": (8.272, 6.175),
+    "nemotron4_8b-to-4b": (4.191, 2.618),
     "llama31_8b-to-4b_width": (4.513, 3.725),
     "llama31_8b-to-4b_depth": (4.540, 3.490),
     "mistral_nemo_12b-to-8b": (8.414, 7.340),
@@ -55,6 +59,14 @@ def test_correction_has_its_own_tokens() -> None:
     assert "correct" not in [
         p.stage for p in _plan("experiment=llama31_8b-to-4b_width", "correction.enabled=false").passes
     ]
+
+
+def test_the_papers_chain() -> None:
+    plan = _plan("experiment=nemotron4_15b-to-8b-to-4b")
+    assert [round(num_parameters(item.model) / 1e9, 3) for item in plan.models] == [15.629, 8.272, 4.191]
+    first, second = _pass(plan, "8b/distill"), _pass(plan, "4b/distill")
+    assert first.steps == second.steps == 20_000
+    assert first.teacher_flops == second.teacher_flops  # the 15B teaches both
 
 
 def test_a_chain_goes_down_step_by_step() -> None:

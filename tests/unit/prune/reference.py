@@ -1,17 +1,20 @@
-"""A tiny transformers Llama, and the way between it and a checkpoint folder: the independent reference."""
+"""A tiny transformers model, and the way between it and a checkpoint folder: the independent reference."""
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaForCausalLM
 
 from minitron.checkpoint.folder import SIDE_DIR, WEIGHTS_DIR, read_model_config, write_model_config
 from minitron.checkpoint.store import CheckpointReader, CheckpointWriter
 from minitron.config.model import Architecture, ModelConfig
-from minitron.models.axes import layer_shape, params_of, part_rows
+from minitron.models.axes import layer_shape, params_of, part_rows, stack_shape
+from minitron.models.hf_config import to_hf_config
+from tests.helpers.hf_experts import per_expert
 
 
 def shape(**changes: object) -> ModelConfig:
@@ -32,28 +35,41 @@ def shape(**changes: object) -> ModelConfig:
     return ModelConfig(**{**values, **changes})  # type: ignore[arg-type]
 
 
+FAMILIES: dict[str, dict[str, object]] = {
+    "llama": {},
+    "qwen2": {"architecture": Architecture.qwen2},
+    "qwen3": {"architecture": Architecture.qwen3},
+    "nemotron": {"architecture": Architecture.nemotron, "rotary_percent": 0.5},
+    "qwen3_moe": {
+        "architecture": Architecture.qwen3_moe,
+        "ffn_hidden_size": 10,
+        "num_moe_experts": 6,
+        "moe_router_topk": 2,
+    },
+}
+"""What makes a `shape` one of each family that lays its parameters out in another way."""
+
+
 def llama(model: ModelConfig, *, seed: int = 0, dtype: torch.dtype = torch.float64) -> LlamaForCausalLM:
-    """A transformers model with random weights, its norms included."""
+    """A transformers Llama with random weights, its norms included."""
+    reference = hf_model(model, seed=seed, dtype=dtype)
+    assert isinstance(reference, LlamaForCausalLM)
+    return reference
+
+
+def hf_model(model: ModelConfig, *, seed: int = 0, dtype: torch.dtype = torch.float64) -> Any:
+    """A transformers model of any family with random weights, its norms and biases included."""
     torch.manual_seed(seed)
-    config = LlamaConfig(
-        num_hidden_layers=model.num_layers,
-        hidden_size=model.hidden_size,
-        intermediate_size=model.ffn_hidden_size,
-        num_attention_heads=model.num_attention_heads,
-        num_key_value_heads=model.num_query_groups,
-        head_dim=model.kv_channels,
-        vocab_size=model.vocab_size,
-        max_position_embeddings=model.max_position_embeddings,
-        rms_norm_eps=model.layernorm_epsilon,
-        rope_parameters={"rope_type": "default", "rope_theta": model.rotary_base},
-        tie_word_embeddings=model.share_embeddings_and_output_weights,
-        use_cache=False,
-        attn_implementation="sdpa",  # the eager one takes its softmax in fp32
+    values = to_hf_config(model, {})
+    config = AutoConfig.for_model(values.pop("model_type"), **values, use_cache=False)
+    reference = AutoModelForCausalLM.from_config(
+        config,
+        attn_implementation="sdpa",  # eager's softmax is in fp32
+        experts_implementation="eager",  # the grouped product wants rows of 16 bytes
     )
-    reference = LlamaForCausalLM(config)
     for name, module in list(reference.named_modules()):
-        if type(module).__name__ == "LlamaRMSNorm":  # computes in fp32; torch's keeps its input's type
-            norm = torch.nn.RMSNorm(model.hidden_size, eps=model.layernorm_epsilon)
+        if type(module).__name__.endswith("RMSNorm"):  # computes in fp32; torch's keeps its input's type
+            norm = torch.nn.RMSNorm(module.weight.shape, eps=model.layernorm_epsilon)
             reference.set_submodule(name, norm)
     reference = reference.to(dtype).eval()
     for parameter in reference.parameters():
@@ -61,7 +77,7 @@ def llama(model: ModelConfig, *, seed: int = 0, dtype: torch.dtype = torch.float
     return reference
 
 
-def logits(reference: LlamaForCausalLM, tokens_BS: Tensor) -> Tensor:
+def logits(reference: Any, tokens_BS: Tensor) -> Tensor:
     with torch.no_grad():
         return reference(tokens_BS).logits
 
@@ -71,36 +87,51 @@ def tokens(model: ModelConfig, *, batch: int = 3, length: int = 11, seed: int = 
     return torch.randint(model.vocab_size, (batch, length), generator=generator)
 
 
-def canonical(reference: LlamaForCausalLM, model: ModelConfig) -> dict[str, Tensor]:
+def canonical(reference: Any, model: ModelConfig) -> dict[str, Tensor]:
     """The checkpoint's tensors, put together from the transformers model's."""
-    state = reference.state_dict()
+    state = state_of(reference)
     out = {}
     for param in params_of(model):
-        layers = []
-        for layer in range(model.num_layers if param.stacked else 1):
-            tensor = torch.full(layer_shape(param, model), torch.nan, dtype=torch.float64)
+        stack = stack_shape(param, model)
+        tensor = torch.full((*stack, *layer_shape(param, model)), torch.nan, dtype=torch.float64)
+        for index in np.ndindex(stack):
             for hf in param.hf:
                 rows = torch.from_numpy(part_rows(param.dims[0], hf.part, model))
-                tensor[rows] = state[hf.name.format(layer=layer)].double()
-            layers.append(tensor)
-        out[param.key] = torch.stack(layers) if param.stacked else layers[0]
+                tensor[index][rows] = state[place(hf.name, index)].double()
+        out[param.key] = tensor
     return out
 
 
-def restore(tensors: dict[str, Tensor], model: ModelConfig) -> LlamaForCausalLM:
+def restore(tensors: dict[str, Tensor], model: ModelConfig) -> Any:
     """A transformers model from the checkpoint's tensors."""
-    reference = llama(model)
     state = {}
     for param in params_of(model):
-        for layer in range(model.num_layers if param.stacked else 1):
-            tensor = tensors[param.key][layer] if param.stacked else tensors[param.key]
+        for index in np.ndindex(stack_shape(param, model)):
             for hf in param.hf:
                 rows = torch.from_numpy(part_rows(param.dims[0], hf.part, model))
-                state[hf.name.format(layer=layer)] = tensor[rows]
+                state[place(hf.name, index)] = tensors[param.key][index][rows]
     if model.share_embeddings_and_output_weights:
         state["lm_head.weight"] = state["model.embed_tokens.weight"]
-    reference.load_state_dict(state)
+    reference = hf_model(model)
+    load_state(reference, state)
     return reference
+
+
+def place(name: str, index: Sequence[int]) -> str:
+    return name.format(**dict(zip(("layer", "expert"), index, strict=False)))
+
+
+def state_of(reference: Any) -> dict[str, Tensor]:
+    """The model's tensors as its files have them."""
+    return per_expert(reference.state_dict())
+
+
+def load_state(reference: Any, state: dict[str, Tensor]) -> None:
+    """Inverse of `state_of`, in place."""
+    held = state_of(reference)
+    assert held.keys() == state.keys()
+    for name, tensor in held.items():  # views of the model's own
+        tensor.copy_(state[name])
 
 
 def write_checkpoint(folder: Path, tensors: dict[str, Tensor], model: ModelConfig) -> Path:
