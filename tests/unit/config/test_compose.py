@@ -229,6 +229,7 @@ def test_flat_values() -> None:
         "prune.ffn_hidden_size": None,
         "prune.num_attention_heads": None,
         "prune.num_query_groups": None,
+        "prune.num_moe_experts": None,
         "prune.drop_layers": [1, 2],
         "prune.depth_metric": "block_importance",
         "prune.depth_selection": "free",
