@@ -8,7 +8,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from minitron.config.plan import GPUS
+from minitron.config.gpus import GPUS
 from minitron.config.run import RunConfig
 from minitron.models.axes import num_embedding_parameters, num_parameters
 from minitron.plan.memory import StageMemory

@@ -6,6 +6,9 @@ from typing import Any, Self
 
 from minitron.errors import LayoutError, ModelError
 
+SHAPE = ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups", "kv_channels")
+"""Sizes of the layers that every model has."""
+
 
 class Architecture(StrEnum):
     """Architectures with an axes table (`minitron/models/axes.py`), by their Hugging Face class."""
@@ -62,17 +65,7 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         """Check that every size is positive and that the heads divide into their groups."""
-        sizes = (
-            "num_layers",
-            "hidden_size",
-            "ffn_hidden_size",
-            "num_attention_heads",
-            "num_query_groups",
-            "kv_channels",
-            "vocab_size",
-            "max_position_embeddings",
-        )
-        for name in sizes:
+        for name in (*SHAPE, "vocab_size", "max_position_embeddings"):
             if getattr(self, name) < 1:
                 raise ModelError(f"model: {name}={getattr(self, name)} must be at least 1")
         if not 0 < self.rotary_percent <= 1:
@@ -121,15 +114,7 @@ class ModelConfig:
         Raises:
             ModelError: With the sizes that differ.
         """
-        names = (
-            "num_layers",
-            "hidden_size",
-            "ffn_hidden_size",
-            "num_attention_heads",
-            "num_query_groups",
-            "kv_channels",
-        )
-        differ = [name for name in names if getattr(self, name) != getattr(expected, name)]
+        differ = [name for name in SHAPE if getattr(self, name) != getattr(expected, name)]
         if differ:
             have, want = (", ".join(f"{n}={getattr(m, n)}" for n in differ) for m in (self, expected))
             raise ModelError(

@@ -2,40 +2,10 @@
 
 import math
 from dataclasses import dataclass
-from enum import StrEnum
 
+from minitron.config.gpus import GPUS, Gpu
 from minitron.config.precision import Dtype
 from minitron.errors import ConfigError
-
-
-class Gpu(StrEnum):
-    """GPUs with known figures."""
-
-    a100 = "a100"
-    h100 = "h100"
-    h200 = "h200"
-    b200 = "b200"
-
-
-@dataclass(frozen=True)
-class GpuFigures:
-    """NVIDIA's data sheets, SXM modules.
-
-    Attributes:
-        memory_bytes: Memory of one GPU.
-        tflops: Dense peak by number format, 10^12 FLOPs a second: tensor cores for bf16, none for fp32.
-    """
-
-    memory_bytes: float
-    tflops: dict[Dtype, float]
-
-
-GPUS = {
-    Gpu.a100: GpuFigures(80e9, {Dtype.bf16: 312.0, Dtype.fp32: 19.5}),
-    Gpu.h100: GpuFigures(80e9, {Dtype.bf16: 989.0, Dtype.fp32: 67.0}),
-    Gpu.h200: GpuFigures(141e9, {Dtype.bf16: 989.0, Dtype.fp32: 67.0}),
-    Gpu.b200: GpuFigures(180e9, {Dtype.bf16: 2250.0, Dtype.fp32: 75.0}),
-}
 
 
 @dataclass(kw_only=True)

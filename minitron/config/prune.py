@@ -3,21 +3,15 @@
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
 
-from minitron.config.model import ModelConfig
+from minitron.config.model import SHAPE, ModelConfig
 from minitron.config.reconstruct import Linear, ReconstructConfig
 from minitron.config.score import Aggregation, DepthMetric
 from minitron.errors import ConfigError, PruneError
 
-SIZES = (
-    "num_layers",
-    "hidden_size",
-    "ffn_hidden_size",
-    "num_attention_heads",
-    "num_query_groups",
-    "num_moe_experts",
-)
-DENSE_SIZES = tuple(name for name in SIZES if name != "num_moe_experts")
-"""Those that every model has."""
+DENSE_SIZES = tuple(name for name in SHAPE if name != "kv_channels")
+"""What pruning may change in every model; ``kv_channels`` stays."""
+
+SIZES = (*DENSE_SIZES, "num_moe_experts")
 
 
 class Ranking(StrEnum):

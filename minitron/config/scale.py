@@ -3,8 +3,8 @@
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from minitron.config.model import ModelConfig
-from minitron.config.prune import PruneConfig
+from minitron.config.model import SHAPE, ModelConfig
+from minitron.config.prune import DENSE_SIZES, PruneConfig
 from minitron.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -42,17 +42,6 @@ class ScaleConfig:
         }[size]
 
 
-_MODEL_SIZES = (
-    "num_layers",
-    "hidden_size",
-    "ffn_hidden_size",
-    "num_attention_heads",
-    "num_query_groups",
-    "kv_channels",
-)
-_PRUNE_SIZES = _MODEL_SIZES[:-1]
-
-
 def scaled(run: "RunConfig") -> "RunConfig":
     """The run with a random model of ``source.model``'s architecture and proportions, and targets to match.
 
@@ -73,7 +62,7 @@ def scaled(run: "RunConfig") -> "RunConfig":
             "scale divides the published shape of the source, but source.model is not set; choose one (model=...), or "
             "an experiment that has one"
         )
-    sizes = {name: _divided(scale, name, getattr(model, name), "source.model") for name in _MODEL_SIZES}
+    sizes = {name: _divided(scale, name, getattr(model, name), "source.model") for name in SHAPE}
     random = replace(
         run.source.random,
         architecture=model.architecture,
@@ -96,7 +85,7 @@ def scaled(run: "RunConfig") -> "RunConfig":
 
 def _scaled_prune(scale: ScaleConfig, prune: PruneConfig, model: ModelConfig, where: str) -> PruneConfig:
     sizes = {
-        name: _divided(scale, name, size, where) for name in _PRUNE_SIZES if (size := getattr(prune, name)) is not None
+        name: _divided(scale, name, size, where) for name in DENSE_SIZES if (size := getattr(prune, name)) is not None
     }
     drop = prune.drop_layers
     if drop is not None:

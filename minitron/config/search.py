@@ -5,6 +5,7 @@ from dataclasses import dataclass, field, fields, replace
 from enum import StrEnum
 
 from minitron.config.expression import Condition
+from minitron.config.gpus import GPUS, Gpu
 from minitron.config.prune import DENSE_SIZES
 from minitron.config.train import TrainConfig
 from minitron.errors import ConfigError
@@ -165,16 +166,6 @@ class LatencySource(StrEnum):
     measured = "measured"
 
 
-class Gpu(StrEnum):
-    """GPUs with a roofline (`minitron/search/roofline.py`)."""
-
-    a100 = "a100"
-    h100 = "h100"
-    h200 = "h200"
-    b200 = "b200"
-    l40s = "l40s"
-
-
 @dataclass(kw_only=True)
 class LatencyConfig:
     """Where latencies come from."""
@@ -249,8 +240,11 @@ class SearchConfig:
                 f"search.latency.source=measured runs on one device, but search.serving.tensor_model_parallel_size="
                 f"{self.serving.tensor_model_parallel_size}; set it to 1, or search.latency.source=roofline"
             )
-        if self.latency.gpu is Gpu.a100 and self.serving.dtype is ServingDtype.fp8:
-            raise ConfigError("search.latency.gpu=a100 has no fp8; set search.serving.dtype=bf16, or another GPU")
+        if self.serving.dtype not in GPUS[self.latency.gpu].tflops:
+            raise ConfigError(
+                f"search.latency.gpu={self.latency.gpu} has no {self.serving.dtype}; set search.serving.dtype=bf16, or "
+                "another GPU"
+            )
 
     def condition(self) -> Condition | None:
         """``filter``, parsed."""

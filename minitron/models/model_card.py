@@ -5,19 +5,11 @@ from typing import Any
 
 import yaml
 
-from minitron.config.model import ModelConfig
+from minitron.config.model import SHAPE, ModelConfig
 from minitron.models.axes import num_embedding_parameters, num_parameters
 from minitron.models.origin import LICENSE_KEYS
 
-_SIZES = (
-    "num_layers",
-    "hidden_size",
-    "ffn_hidden_size",
-    "num_attention_heads",
-    "num_query_groups",
-    "kv_channels",
-    "num_moe_experts",
-)
+_SIZES = (*SHAPE, "num_moe_experts")
 
 _ROWS = {
     "teacher": "source, unpruned (the teacher)",

@@ -1,39 +1,11 @@
 """Latency without the device: arithmetic and memory traffic over a GPU's peaks."""
 
-from dataclasses import dataclass
-
 import numpy as np
 
+from minitron.config.gpus import GPUS, Gpu
 from minitron.config.model import ModelConfig
-from minitron.config.search import Gpu, ServingConfig, ServingDtype
+from minitron.config.search import ServingConfig
 from minitron.models.axes import num_embedding_parameters, num_parameters
-
-
-@dataclass(frozen=True)
-class Peaks:
-    """What a GPU reaches at best, without sparsity.
-
-    Attributes:
-        flops: FLOP/s of the tensor cores by number format.
-        bandwidth: Bytes/s of its memory.
-    """
-
-    flops: dict[ServingDtype, float]
-    bandwidth: float
-
-
-def _peaks(bf16_tflops: float, fp8_tflops: float, gb_per_s: float) -> Peaks:
-    return Peaks({ServingDtype.bf16: bf16_tflops * 1e12, ServingDtype.fp8: fp8_tflops * 1e12}, gb_per_s * 1e9)
-
-
-PEAKS = {
-    Gpu.a100: _peaks(312, 0, 2039),  # refused with fp8 when the configuration is composed
-    Gpu.h100: _peaks(989.4, 1978.9, 3350),
-    Gpu.h200: _peaks(989.4, 1978.9, 4800),
-    Gpu.b200: _peaks(2250, 4500, 8000),
-    Gpu.l40s: _peaks(362, 733, 864),
-}
-"""NVIDIA's data sheets: A100 and H100 as SXM modules with 80 GB, H200 SXM, B200 in an HGX board, L40S."""
 
 
 def matrix_parameters(model: ModelConfig) -> int:
@@ -64,9 +36,9 @@ def roofline_ms(model: ModelConfig, serving: ServingConfig, gpu: Gpu) -> float:
         serving: Batch, lengths, number format, ranks.
         gpu: Whose peaks.
     """
-    peaks, prompt, new = PEAKS[gpu], serving.prompt_tokens, serving.new_tokens
-    flops_peak = peaks.flops[serving.dtype] * serving.tensor_model_parallel_size
-    bandwidth = peaks.bandwidth * serving.tensor_model_parallel_size
+    figures, prompt, new = GPUS[gpu], serving.prompt_tokens, serving.new_tokens
+    flops_peak = 1e12 * figures.tflops[serving.dtype] * serving.tensor_model_parallel_size
+    bandwidth = figures.bandwidth * serving.tensor_model_parallel_size
     output = model.vocab_size * model.hidden_size
     weights = matrix_parameters(model)
     weight_bytes, cache = weights * serving.dtype.num_bytes, cache_bytes_per_token(model, serving)

@@ -24,25 +24,23 @@ from rich.table import Table
 from torch import Tensor
 
 from minitron.compat.te import import_error
+from minitron.config.gpus import GPUS
 from minitron.config.logit_loss import LogitLossConfig
-from minitron.config.model import ModelConfig
 from minitron.config.parallel import ParallelConfig
 from minitron.config.precision import Fp8Recipe, PrecisionConfig
 from minitron.config.run import Device
 from minitron.config.train import TrainConfig
 from minitron.distill.objective import Distillation
 from minitron.losses import linear_distillation
-from minitron.models.axes import OUTPUT_LAYER_KEY, layer_shape, params_of
 from minitron.models.gpt import build_gpt
 from minitron.parallel.groups import Groups, model_parallel
+from minitron.plan.flops import forward_flops
 from minitron.runtime.device import process_group
 from minitron.runtime.env import DistEnv
 from minitron.train.optim import make_trainable
 from minitron.train.step import train_step
-from tests.gpu.models import BF16, LLAMA_4B_WIDTH, LLAMA_8B, ONE_RANK, batches, distillation, fp8, lack_of
-
-DENSE_BF16_TFLOPS = {"H100": 989.0, "H200": 989.0, "A100": 312.0, "B200": 2250.0, "L40S": 362.0}
-"""Peaks from NVIDIA's data sheets, without sparsity, by a part of the device's name (SXM boards)."""
+from tests.gpu.models import BF16, LLAMA_4B_WIDTH, ONE_RANK, batches, distillation, fp8, lack_of
+from tests.helpers.llama31 import LLAMA_8B
 
 
 @dataclass(frozen=True)
@@ -56,17 +54,6 @@ class Step:
 
     seconds: float
     peak_bytes: int
-
-
-def forward_flops(model: ModelConfig, length: int) -> float:
-    """FLOPs of the matrix products of a forward pass, per token; of an attention over the tokens before alone."""
-    weights = 0
-    for param in params_of(model):
-        shape = layer_shape(param, model)
-        if len(shape) == 2 and (param.stacked or param.key == OUTPUT_LAYER_KEY):
-            weights += shape[0] * shape[1] * (model.num_layers if param.stacked else 1)
-    attention = 2 * model.num_layers * length * model.num_attention_heads * model.kv_channels
-    return 2.0 * weights + attention
 
 
 def seconds_and_peak(case: Callable[[], object], repeats: int) -> Step:
@@ -156,9 +143,9 @@ def losses(args: argparse.Namespace) -> dict[str, Step]:
 def show(args: argparse.Namespace, steps: dict[str, Step], of_losses: dict[str, Step], console: Console) -> None:
     """Both tables."""
     name = torch.cuda.get_device_name()
-    peak = args.peak_tflops or next((p for part, p in DENSE_BF16_TFLOPS.items() if part in name), None)
+    peak = args.peak_tflops or next((f.tflops["bf16"] for gpu, f in GPUS.items() if gpu.upper() in name), None)
     teacher, student = (
-        forward_flops(replace(model, num_layers=args.layers), args.length) for model in (LLAMA_8B, LLAMA_4B_WIDTH)
+        forward_flops(replace(model, num_layers=args.layers), args.length).total for model in (LLAMA_8B, LLAMA_4B_WIDTH)
     )
     table = Table(title=f"{name}: {args.layers} layers, {args.microbatches} x {args.length} tokens a step")
     for heading in ("precision", "ms a step", "tokens/s", "TFLOP/s", "MFU, of bf16's peak", "peak GB"):

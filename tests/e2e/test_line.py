@@ -2,9 +2,7 @@
 
 import json
 import math
-import os
 import re
-import signal
 import subprocess
 import sys
 import time
@@ -19,6 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from minitron.runtime.tracking import read_metrics
 from tests.helpers.line import LINE
+from tests.helpers.processes import kill_tree
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 TWO_STAGES = "parallel.pipeline_model_parallel_size=2"
@@ -134,7 +133,7 @@ def test_killed_in_distill_goes_on_with_the_same_numbers(line: Line, tmp_path: P
             assert process.poll() is None, "ended before step 8 of distill"
             assert time.monotonic() < deadline
             time.sleep(0.02)
-        _kill_tree(process.pid)
+        kill_tree(process.pid)
     assert metrics.exists(), "the kill came after the stage's end"
     assert not (tmp_path / "tiny" / "distill").exists()
 
@@ -146,22 +145,6 @@ def test_killed_in_distill_goes_on_with_the_same_numbers(line: Line, tmp_path: P
     for name in ("loss", "grad_norm"):
         expected = [record[name] for record in line.distill_metrics]
         assert [record[name] for record in got] == pytest.approx(expected, rel=0, abs=1e-9)
-
-
-def _kill_tree(launcher: int) -> None:
-    """SIGKILL the launcher and its ranks (which the launcher puts into sessions of their own)."""
-    children: dict[int, list[int]] = {}
-    for stat in Path("/proc").glob("[0-9]*/stat"):
-        try:
-            parent = int(stat.read_text().rsplit(")", 1)[1].split()[1])
-        except OSError:
-            continue  # ended meanwhile
-        children.setdefault(parent, []).append(int(stat.parent.name))
-    tree = [launcher]
-    for pid in tree:
-        tree += children.get(pid, [])
-    for pid in tree:
-        os.kill(pid, signal.SIGKILL)
 
 
 @pytest.fixture

@@ -4,7 +4,6 @@ import json
 import math
 import os
 import shutil
-import signal
 import subprocess
 import sys
 import time
@@ -20,6 +19,7 @@ from minitron.config.compose import compose_run, flat_values
 from minitron.models.axes import num_parameters
 from minitron.runtime.tracking import read_metrics
 from minitron.search.rank import rank_correlation
+from tests.helpers.processes import kill_tree
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 SEARCH = [
@@ -173,7 +173,7 @@ def test_killed_search_goes_on_side_by_side_with_the_same_table(unbroken: Unbrok
             assert process.poll() is None, "ended before the second rung"
             assert time.monotonic() < deadline
             time.sleep(0.01)
-        _kill_tree(process.pid)
+        kill_tree(process.pid)
     assert not (tmp_path / "tiny" / "search" / "result").exists()
     for states in list((tmp_path / "tiny" / "search").glob("*/distill_4/states")):
         shutil.rmtree(states)  # what is gone is trained again from the first step, to the same end
@@ -238,19 +238,3 @@ def test_ranks_of_torchrun_with_measured_latencies_and_a_cached_teacher(tmp_path
     assert {row["name"] for row in rows if row["loss"] is not None} == {row["name"] for row in best}
     meta = json.loads((folder / rows[0]["name"] / "distill_2" / "meta.json").read_text())
     assert "teacher_logits" in meta["inputs"]
-
-
-def _kill_tree(launcher: int) -> None:
-    """SIGKILL the launcher and its ranks (which the launcher puts into sessions of their own)."""
-    children: dict[int, list[int]] = {}
-    for stat in Path("/proc").glob("[0-9]*/stat"):
-        try:
-            parent = int(stat.read_text().rsplit(")", 1)[1].split()[1])
-        except OSError:
-            continue  # ended meanwhile
-        children.setdefault(parent, []).append(int(stat.parent.name))
-    tree = [launcher]
-    for pid in tree:
-        tree += children.get(pid, [])
-    for pid in tree:
-        os.kill(pid, signal.SIGKILL)

@@ -7,7 +7,7 @@ import torch
 
 from minitron.config.distill import DistillConfig
 from minitron.config.fp8 import unmet_need
-from minitron.config.model import Architecture, ModelConfig, RopeScaling
+from minitron.config.model import Architecture, ModelConfig
 from minitron.config.parallel import ParallelConfig
 from minitron.config.precision import Dtype, Fp8Format, Fp8Recipe, PrecisionConfig
 from minitron.config.run import Device
@@ -19,6 +19,7 @@ from minitron.models.gpt import Chunks, build_gpt
 from minitron.parallel.groups import Groups
 from minitron.train.optim import Trainable, make_trainable
 from tests.helpers.batch import batch_of
+from tests.helpers.llama31 import LLAMA_8B
 
 SMALL = ModelConfig(
     architecture=Architecture.llama,
@@ -35,23 +36,6 @@ SMALL = ModelConfig(
 )
 SMALLER = replace(SMALL, hidden_size=192, ffn_hidden_size=512)
 
-LLAMA_8B = ModelConfig(
-    architecture=Architecture.llama,
-    num_layers=32,
-    hidden_size=4096,
-    ffn_hidden_size=14336,
-    num_attention_heads=32,
-    num_query_groups=8,
-    kv_channels=128,
-    vocab_size=128256,
-    max_position_embeddings=131072,
-    layernorm_epsilon=1e-5,
-    rotary_base=500000.0,
-    rope_scaling=RopeScaling(
-        factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=8192
-    ),
-)
-"""Llama-3.1-8B."""
 LLAMA_4B_WIDTH = replace(LLAMA_8B, hidden_size=3072, ffn_hidden_size=9216)
 """The papers' student of it (arXiv 2408.11796, table 2), pruned in width."""
 

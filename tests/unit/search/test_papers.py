@@ -17,13 +17,12 @@ from minitron.config.search import (
 )
 from minitron.models.axes import num_parameters
 from minitron.search.space import Space, enumerate_space, roofline
-
-needs_nemotron = pytest.mark.skipif("nemotron" not in Architecture.__members__, reason="needs Nemotron's axes table")
+from tests.helpers.llama31 import LLAMA_8B
 
 
 def _nemotron_15b() -> ModelConfig:
     """Nemotron-4 15B (arXiv 2407.14679, Table 5)."""
-    return ModelConfig(architecture=Architecture("NemotronForCausalLM"), **NEMOTRON_15B)
+    return ModelConfig(architecture=Architecture.nemotron, **NEMOTRON_15B)
 
 
 NEMOTRON_15B: dict[str, Any] = {
@@ -82,7 +81,6 @@ def _shapes(space: Space) -> set[tuple[int, ...]]:
     return {(m.num_layers, m.num_attention_heads, m.ffn_hidden_size, m.hidden_size) for m in found}
 
 
-@needs_nemotron
 @pytest.mark.parametrize(
     ("name", "bounds", "points", "expected"),
     [
@@ -115,7 +113,6 @@ def _only(candidate: Any) -> tuple[int, int, int, int]:
     return layers, heads, ffn, hidden
 
 
-@needs_nemotron
 @pytest.mark.parametrize(
     ("sizes", "total", "non_embedding"),  # method file, section 4, in billions
     [
@@ -128,19 +125,6 @@ def test_published_nemotrons(sizes: dict[str, int], total: float, non_embedding:
     _check_published(_nemotron_15b(), sizes, total, non_embedding)
 
 
-LLAMA_8B = ModelConfig(
-    architecture=Architecture.llama,
-    num_layers=32,
-    hidden_size=4096,
-    ffn_hidden_size=14336,
-    num_attention_heads=32,
-    num_query_groups=8,
-    kv_channels=128,
-    vocab_size=128256,
-    max_position_embeddings=131072,
-    layernorm_epsilon=1e-5,
-    rotary_base=500000.0,
-)
 NEMO_12B = replace(
     LLAMA_8B, architecture=Architecture.mistral, num_layers=40, hidden_size=5120, vocab_size=131072, rotary_base=1e6
 )

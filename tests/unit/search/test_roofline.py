@@ -4,8 +4,9 @@ from dataclasses import replace
 
 import pytest
 
-from minitron.config.search import Gpu, ServingConfig, ServingDtype
-from minitron.search.roofline import PEAKS, roofline_ms
+from minitron.config.gpus import GPUS, Gpu
+from minitron.config.search import ServingConfig, ServingDtype
+from minitron.search.roofline import roofline_ms
 from tests.helpers.smollm2 import SMOLLM2_135M
 
 WEIGHTS = 134_515_008  # tied: the embedding is the output layer too
@@ -38,4 +39,4 @@ def test_ranks_divide_and_an_untied_embedding_is_only_looked_up() -> None:
 
 
 def test_every_gpu_has_its_peaks() -> None:
-    assert set(PEAKS) == set(Gpu)
+    assert set(GPUS) == set(Gpu)
