@@ -124,8 +124,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             show_status(Path(args.run))
             return 0
         env = dist_env()
-        if env is not None and env.launcher == "slurm":
-            set_rank_environment(1)
+        if env is not None:
+            set_rank_environment(1)  # torchrun has set the threads of ranks that share a host, srun binds them to cores
         return _run(args.verb, args.overrides, env, print_config=args.print_config)
     except StoppedError as stopped:
         from minitron.cli.worker import stopped_code

@@ -10,6 +10,7 @@ from minitron.config.model import ModelConfig
 from minitron.config.run import RunConfig, SourceKind
 from minitron.errors import ConfigError
 from minitron.plan.trainings import plan_run
+from minitron.prune.given import target_of
 
 _WIDTH = 100
 """Columns of the tables: figures are not cut where a terminal is narrower."""
@@ -27,7 +28,7 @@ def run_plan(config: RunConfig) -> int:
         LayoutError: The layout cannot split a model.
     """
     source, origin = source_shape(config)
-    plan = plan_run(config, source, _given_teacher(config))
+    plan = plan_run(config, source, _given_teacher(config), target_of=target_of)
     console = Console(soft_wrap=True)
     console.width = max(console.width, _WIDTH)
     print_plan(plan, config, origin, console)

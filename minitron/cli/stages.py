@@ -165,6 +165,8 @@ def _stages_of_lines(lines: list[Line]) -> list[Stage]:
 def line_stages(config: RunConfig) -> list[Stage]:
     """The stages of one step."""
     evaluations = ["eval_teacher", "eval_pruned", "eval_distilled"]
+    if config.baseline.enabled:
+        evaluations.append("eval_baseline")
     scores = [] if config.prune.scores else ["score"]
     score = Stage("score", ("source", "data"), score_values, _action("score"), outside=questions_outside)
     pruning = [
@@ -198,7 +200,7 @@ def line_stages(config: RunConfig) -> list[Stage]:
         Stage("export", ("distill", "data"), lambda c: _section(c, "export"), _action("export"), alone=True),
         Stage(
             "report",
-            (*scores, "prune", *evaluations, *(["eval_baseline"] if config.baseline.enabled else []), "export"),
+            (*scores, "prune", "verify", *evaluations, "export"),
             lambda c: {},
             _action("report"),
             alone=True,

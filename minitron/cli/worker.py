@@ -44,8 +44,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         if env is None:
             raise PlatformError(f"{__name__} is started by minitron or torchrun, not by hand")
-        if env.launcher == "slurm":
-            set_rank_environment(1)  # of the cores that its task has
+        set_rank_environment(1)  # torchrun has set the threads of ranks that share a host, srun binds them to cores
         from minitron.config.compose import load_resolved
 
         hashes = json.loads(Path(outside).read_text(encoding="utf-8"))

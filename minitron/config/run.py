@@ -1,9 +1,12 @@
 """The root of the configuration: one `RunConfig` holds every section of every verb."""
 
+import math
+import sys
 from dataclasses import dataclass, field
 from enum import StrEnum
 
 from minitron.config.data import DataConfig
+from minitron.config.depth import depth_plan
 from minitron.config.distill import DistillConfig
 from minitron.config.launch import ClusterConfig, LaunchConfig
 from minitron.config.line import AblationConfig, ChainStepConfig, CorrectionConfig
@@ -184,6 +187,12 @@ class RunConfig:
 
     @property
     def least_train_sequences(self) -> int:
-        """Sequences of training text without which no run can start: one global batch, the calibration samples."""
+        """Sequences of ``data.seq_length`` of training text without which no run can start.
+
+        As many as one global batch, the calibration samples, or the samples to fit on.
+        """
         fitted = self.prune.reconstruct.num_samples if self.prune.reconstruct.enabled else 0
-        return max(self.distill.train.global_batch_size, self.score.num_samples, fitted)
+        without_layers = depth_plan(self.score, self.prune, num_layers=sys.maxsize).on_text  # of any model
+        measured = self.score.depth.num_samples if without_layers else 0
+        scored = max(self.score.num_samples, measured) * (self.score.seq_length or self.data.seq_length)
+        return max(self.distill.train.global_batch_size, fitted, math.ceil(scored / self.data.seq_length))

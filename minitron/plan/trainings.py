@@ -1,5 +1,6 @@
 """Every training of a run: how long it is, what it costs, what each rank holds."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from minitron.config.distill import TeacherSource
@@ -8,7 +9,7 @@ from minitron.config.line import Ancestor, ChainStepConfig
 from minitron.config.model import ModelConfig
 from minitron.config.parallel import ParallelConfig, check_layout, layers_per_stage
 from minitron.config.precision import Dtype
-from minitron.config.prune import check_target
+from minitron.config.prune import PruneConfig, check_target
 from minitron.config.run import RunConfig
 from minitron.config.teacher_layout import own_layout
 from minitron.config.train import num_microbatches
@@ -75,13 +76,20 @@ class Plan:
     passes: list[PlannedPass]
 
 
-def plan_run(config: RunConfig, source: ModelConfig, given_teacher: ModelConfig | None = None) -> Plan:
+def plan_run(
+    config: RunConfig,
+    source: ModelConfig,
+    given_teacher: ModelConfig | None = None,
+    *,
+    target_of: Callable[[ModelConfig, PruneConfig], ModelConfig] = check_target,
+) -> Plan:
     """Plan every step of a run.
 
     Args:
         config: The run.
         source: Architecture of the model to compress.
         given_teacher: Architecture of the teacher that ``distill.teacher.path`` names; None for the source.
+        target_of: Gives the architecture that a step prunes a model to.
 
     Raises:
         PruneError: A target does not fit its source.
@@ -103,7 +111,7 @@ def plan_run(config: RunConfig, source: ModelConfig, given_teacher: ModelConfig 
         teacher = given_teacher or source
         if step and students and step.teacher is Ancestor.previous:
             teacher = students[-1]
-        student = check_target(before, line.prune)
+        student = target_of(before, line.prune)
         students.append(student)
         check_layout(student, config.parallel, who=f"student {name}".rstrip())
         beside = own.parallel if own else config.parallel.for_teacher(teacher.num_layers)
@@ -128,8 +136,9 @@ def _line_passes(
     """One step: scores, its trainings, and the teacher's pass before a cached distillation."""
     prefix = f"{step}/" if step else ""
     length = config.data.seq_length
-    tokens = config.score.num_samples * length
-    passes = [PlannedPass(f"{prefix}score", tokens, 0, tokens * forward_flops(source, length).total)]
+    scored = config.score.seq_length or length
+    tokens = config.score.num_samples * scored
+    passes = [PlannedPass(f"{prefix}score", tokens, 0, tokens * forward_flops(source, scored).total)]
     distilled = settings_of(config, "distill")
     if config.distill.teacher.source is TeacherSource.cached and config.distill.teacher.cache is None:
         tokens = distilled.num_steps(length) * distilled.tokens_per_step(length)

@@ -43,7 +43,7 @@ _VERBS = {
     "eval_baseline": "eval",
     "export": "export",
 }
-_OPTIONAL = ("correct", "eval_corrected", "score", "verify", "teacher_logits", "baseline", "eval_baseline")
+_OPTIONAL = ("correct", "eval_corrected", "score", "teacher_logits", "baseline", "eval_baseline")
 _CONTROL = ("baseline", "eval_baseline")
 _MODELS = {  # role -> stages with its checkpoint and its evaluation
     Role.teacher: ("import", "eval_teacher"),
@@ -235,7 +235,7 @@ def _prune_result(run: RunFolder, metas: Metas) -> PruneResult:
         ranking="a given spec" if given else values.get("prune.ranking"),
         aggregation=values.get("prune.aggregation"),
         score_kept={size: summary[key] for key, size in _SCORE_KEPT.items() if key in summary},
-        verification=_verification(metas["verify"]["summary"]) if "verify" in metas else None,
+        verification=_verification(metas["verify"]["summary"]),
     )
 
 

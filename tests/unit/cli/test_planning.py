@@ -7,8 +7,11 @@ from pathlib import Path
 import pytest
 
 from minitron.cli.main import main
+from minitron.config.prune import PruneConfig, Ranking, check_target
 from minitron.config.run import RandomModelConfig
-from minitron.models.random_source import write_random_model
+from minitron.models.axes import num_parameters
+from minitron.models.random_source import random_model, write_random_model
+from minitron.prune.ranking import choose
 
 REPOSITORY = Path(__file__).resolve().parents[3]
 EXPERIMENT = "experiment=llama31_8b-to-4b_width"
@@ -82,6 +85,19 @@ def test_the_source_s_own_shape_comes_first(tmp_path: Path, capsys: pytest.Captu
     assert "source.model describes a model of num_layers=32, hidden_size=4096" in message
     assert main(["compress", *where, "model=llama31_8b"]) == 4  # before any work
     assert "source.model describes" in capsys.readouterr().err
+
+
+def test_a_given_spec_says_the_student_s_shape(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source = random_model(RandomModelConfig())
+    sizes = PruneConfig(ranking=Ranking.random, num_layers=3, ffn_hidden_size=80)
+    choose(source, sizes, scores=None, source_id="random").save(tmp_path / "spec.json")
+    given = ["source.kind=random", f"prune.spec={tmp_path / 'spec.json'}", "data.seq_length=32"]
+    assert main(["plan", *given, "prune.reconstruct.enabled=false"]) == 0
+    rows = {words[0]: words[1:] for line in capsys.readouterr().out.splitlines() if (words := line.split())}
+    target = check_target(source, sizes)
+    assert rows["student"][0] == f"{num_parameters(target):,}"
+    assert rows["student"][2:5] == ["3", str(source.hidden_size), "80"]
+    assert num_parameters(target) < num_parameters(source)
 
 
 def test_unknown_shape_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:

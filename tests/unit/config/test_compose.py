@@ -250,3 +250,20 @@ def test_flat_values() -> None:
     assert nested["run.distill.train.lr"] == 1e-4
     assert nested["run.device"] == "auto"
     assert not any(isinstance(value, dict) for value in nested.values())
+
+
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        ([], 64),
+        (["prune.reconstruct.enabled=false"], 16),
+        (["prune.reconstruct.enabled=false", "score.num_samples=24", "score.seq_length=48"], 36),
+        (["prune.reconstruct.enabled=false", "score.depth.num_samples=40"], 16),
+        (["prune.reconstruct.enabled=false", "score.depth.num_samples=40", "prune.depth_metric=loss"], 40),
+        (["distill.train.global_batch_size=96"], 96),
+    ],
+)
+def test_text_that_a_run_needs_at_least(overrides: list[str], expected: int) -> None:
+    """In sequences of 32 tokens: 16 to score, 64 to fit on, batches of 8."""
+    base = ["data.seq_length=32", "score.num_samples=16", "distill.train.global_batch_size=8", "prune.num_layers=3"]
+    assert compose_run(["source.kind=random", *base, *overrides]).least_train_sequences == expected

@@ -11,12 +11,13 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from minitron.config.depth import DepthPlan
+from minitron.config.model import ModelConfig
 from minitron.config.parallel import ParallelConfig
 from minitron.config.score import DepthMetric
 from minitron.prune.questions import Question
 from tests.helpers.pool import WorkerPool
 from tests.unit.prune import workers
-from tests.unit.prune.reference import canonical, llama, logits, shape, tokens, write_checkpoint
+from tests.unit.prune.reference import FAMILIES, canonical, hf_model, logits, shape, tokens, write_checkpoint
 
 MODEL = shape(vocab_size=48, num_layers=5)
 ON_TEXT = (DepthMetric.block_importance, DepthMetric.loss, DepthMetric.logit_mse)
@@ -46,9 +47,12 @@ LAYOUTS = {
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    tensors = canonical(llama(MODEL).float().double(), MODEL)
-    floats = {key: tensor.float() for key, tensor in tensors.items()}
-    return write_checkpoint(tmp_path_factory.mktemp("source"), floats, MODEL)
+    return checkpoint_of(MODEL, tmp_path_factory.mktemp("source"))
+
+
+def checkpoint_of(model: ModelConfig, folder: Path) -> Path:
+    tensors = canonical(hf_model(model).float().double(), model)
+    return write_checkpoint(folder, {key: tensor.float() for key, tensor in tensors.items()}, model)
 
 
 def sequences() -> Tensor:
@@ -60,9 +64,9 @@ def of_the_text(removed: frozenset[int]) -> list[Tensor]:
     return states_without(sorted(removed), sequences())
 
 
-def states_without(removed: Sequence[int], tokens_BS: Tensor) -> list[Tensor]:
+def states_without(removed: Sequence[int], tokens_BS: Tensor, model: ModelConfig = MODEL) -> list[Tensor]:
     """The input of every layer that is left, the last one's output before the final norm, and the logits."""
-    reference = llama(MODEL).float().double()
+    reference = hf_model(model).float().double()
     left = [layer for number, layer in enumerate(reference.model.layers) if number not in removed]
     reference.model.layers = torch.nn.ModuleList(left)
     seen: list[Tensor] = []
@@ -122,6 +126,22 @@ def test_blocks_match_transformers_at_every_layout(pool: WorkerPool, source: Pat
     model_parallel = parallel.tensor_model_parallel_size * parallel.data_parallel_size
     micro_batches = 4 // parallel.data_parallel_size
     assert sum(calls for _, calls in ranks) == model_parallel * micro_batches * (layers + above)
+
+
+@pytest.mark.parametrize("family", sorted(FAMILIES))
+def test_removal_in_every_family(pool: WorkerPool, tmp_path: Path, family: str) -> None:
+    model = shape(vocab_size=48, **FAMILIES[family])
+    plan = DepthPlan(metrics=(DepthMetric.loss, DepthMetric.logit_mse), sizes=(1, 2))
+    parallel = ParallelConfig(pipeline_model_parallel_size=2)
+    source = checkpoint_of(model, tmp_path / "source")
+    (scores, _), _ = pool.run(workers.depth, 2, source, sequences(), parallel, plan, 4)
+    whole = states_without([], sequences(), model)[-1]
+    for size in plan.sizes:
+        left = [states_without(range(k, k + size), sequences(), model)[-1] for k in range(model.num_layers - size + 1)]
+        losses = [float(cross_entropy(logits_BSV.flatten(0, 1), sequences().flatten())) for logits_BSV in left]
+        errors = [float((logits_BSV - whole).square().mean()) for logits_BSV in left]
+        np.testing.assert_allclose(scores.blocks[DepthMetric.loss, size], losses, rtol=1e-6)
+        np.testing.assert_allclose(scores.blocks[DepthMetric.logit_mse, size], errors, rtol=1e-6)
 
 
 def test_block_importance_alone_runs_no_layer_twice(pool: WorkerPool, source: Path) -> None:

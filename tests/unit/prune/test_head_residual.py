@@ -15,7 +15,7 @@ from minitron.prune.ranking import choose, pair_heads
 from minitron.prune.scores import Scores, random_scores
 from minitron.prune.slicer import apply_spec
 from minitron.prune.spec import HeadPair, PruneSpec
-from tests.unit.prune.reference import canonical, llama, read_checkpoint, restore, shape, write_checkpoint
+from tests.unit.prune.reference import FAMILIES, canonical, hf_model, read_checkpoint, restore, shape, write_checkpoint
 
 
 def test_pairs_by_hand() -> None:
@@ -47,7 +47,7 @@ def pruned(
     model: ModelConfig, config: PruneConfig, folder: Path, scores: Scores
 ) -> tuple[dict[str, torch.Tensor], PruneSpec]:
     """State of the pruned transformers model."""
-    source = write_checkpoint(folder / "source", canonical(llama(model), model), model)
+    source = write_checkpoint(folder / "source", canonical(hf_model(model), model), model)
     spec = choose(model, config, scores=scores, source_id=scores.source_id)
     spec.save(folder / "spec.json")
     assert PruneSpec.load(folder / "spec.json") == spec
@@ -57,9 +57,10 @@ def pruned(
 
 @pytest.mark.parametrize("merging", [HeadResidual.paper, HeadResidual.laco])
 @pytest.mark.parametrize("groups", [4, 12])
-def test_merged_projections(tmp_path: Path, merging: HeadResidual, groups: int) -> None:
+@pytest.mark.parametrize("family", sorted(FAMILIES))
+def test_merged_projections(tmp_path: Path, family: str, merging: HeadResidual, groups: int) -> None:
     """Query rows (keys and values too, where heads have their own) are W + (W - V), or with LaCo's sign V."""
-    model = shape(num_attention_heads=12, num_query_groups=groups)
+    model = shape(num_attention_heads=12, num_query_groups=groups, **FAMILIES[family])
     config = PruneConfig(
         num_layers=3,
         hidden_size=16,
@@ -69,17 +70,21 @@ def test_merged_projections(tmp_path: Path, merging: HeadResidual, groups: int) 
     )
     scores = random_scores(model, Aggregation.l2_mean, 3)
     have, spec = pruned(model, config, tmp_path, scores)
-    teacher, width = llama(model).state_dict(), model.kv_channels
+    teacher, width = hf_model(model).state_dict(), model.kv_channels
     per_group = 12 // groups
     merged = 0
     for new, old in enumerate(spec.layers):
         head_scores = scores.width[Aggregation.l2_mean].head[old]
-        for name in ("q_proj", "k_proj", "v_proj", "o_proj"):
-            key = f"model.layers.{{}}.self_attn.{name}.weight"
-            dim = 1 if name == "o_proj" else 0
-            weight = teacher[key.format(old)].index_select(1 - dim, torch.tensor(spec.hidden))
+        names = ["q_proj.weight", "k_proj.weight", "v_proj.weight", "o_proj.weight"]
+        biases = [f"{name}_proj.bias" for name in "qkv"] if family == "qwen2" else []
+        for name in names + biases:
+            key = f"model.layers.{{}}.self_attn.{name}"
+            dim = 1 if name == "o_proj.weight" else 0
+            weight = teacher[key.format(old)]
+            if weight.dim() == 2:
+                weight = weight.index_select(1 - dim, torch.tensor(spec.hidden))
             by_unit = weight.unflatten(dim, (-1, width))
-            units = spec.groups[new] if name in ("k_proj", "v_proj") else spec.heads[new]
+            units = spec.groups[new] if name[0] in "kv" else spec.heads[new]
             parts = []
             for unit in units:
                 part = by_unit.select(dim, unit)
@@ -87,13 +92,14 @@ def test_merged_projections(tmp_path: Path, merging: HeadResidual, groups: int) 
                 ranked = sorted(peers, key=lambda head: -head_scores[head])
                 keep = 8 if per_group == 1 else 2
                 partner = 2 * keep - 1 - ranked.index(unit) if unit in ranked else len(ranked)
-                if (name == "q_proj" or (per_group == 1 and name != "o_proj")) and partner < len(ranked):
+                if (name[0] == "q" or (per_group == 1 and name[0] != "o")) and partner < len(ranked):
                     other = by_unit.select(dim, ranked[partner])
-                    part = 2 * part - other if merging is HeadResidual.paper else other
+                    part = part + (part - other if merging is HeadResidual.paper else other - part)
                     merged += 1
                 parts.append(part)
             torch.testing.assert_close(have[key.format(new)], torch.cat(parts, dim), rtol=1e-12, atol=0)
-    assert merged == 3 * 4 * (3 if per_group == 1 else 1)  # every layer drops 4 heads
+    tensors = 2 if biases else 1
+    assert merged == 3 * 4 * tensors * (3 if per_group == 1 else 1)  # every layer drops 4 heads
 
 
 def test_pairs_that_do_not_fit() -> None:

@@ -37,8 +37,8 @@ def test_what_was_pruned(report_dir: Path) -> None:
     text = " ".join(printed(data))
     assert "pruned: layers 30 -> 24 (97.3 % of the scores), hidden 576 -> 448, ffn 1536 ->" in text
     assert "without layers 21, 22, 23, 24, 25, 26; verified" in text
-    whole = replace(data.prune, target=data.prune.source, kept_layers=list(range(30)), verification=None)
-    assert "pruned: nothing; not verified" in printed(replace(data, prune=whole))
+    whole = replace(data.prune, target=data.prune.source, kept_layers=list(range(30)))
+    assert "pruned: nothing; verified" in printed(replace(data, prune=whole))
 
 
 def test_paths_are_relative_below_the_working_folder(report_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
