@@ -6,6 +6,9 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 from numpy.typing import NDArray
 
+CHUNK_BYTES = 64 * 2**20
+"""Rows of an embedding that are held at a time, so that a rank's memory does not grow with the vocabulary."""
+
 Memory = Callable[[int], NDArray[np.uint8]]
 """Gives so many bytes to write to."""
 

@@ -242,7 +242,7 @@ def check_models(config: RunConfig) -> None:
     if top_k > source.vocab_size:
         raise ConfigError(f"distill.logit_loss.top_k={top_k} is more than the vocabulary's {source.vocab_size} tokens")
     for model in (source, teacher):
-        longest = min(model.max_position_embeddings, model.sliding_window or model.max_position_embeddings)
+        longest = model.longest_sequence
         for name, length in (
             ("data.seq_length", config.data.seq_length),
             ("score.seq_length", config.score.seq_length or 0),

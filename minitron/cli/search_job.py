@@ -11,6 +11,7 @@ from minitron.cli.source import source_model
 from minitron.cli.stages import stages_of
 from minitron.cli.turn import in_turn
 from minitron.cli.worker import run_rank
+from minitron.config.families import check_family
 from minitron.config.intermediate import find_matches
 from minitron.config.launch import nodes_of
 from minitron.config.model import ModelConfig
@@ -94,9 +95,11 @@ def check_search(config: RunConfig, run: RunFolder, *, teacher: ModelConfig | No
     space = search_space(config, run)
     if latencies(config, run) is not None or not space.candidates:
         require_candidates(space, search)
+    source = source_model(config)
     for candidate in space.candidates:
+        check_family(source, candidate.model, candidate.prune(config.prune), config.score)
         try:
-            beside = teacher or source_model(config)
+            beside = teacher or source
             find_matches(config.distill.intermediate, beside, candidate.model, config.parallel)
         except ConfigError as error:
             raise ConfigError(f"search: {candidate.name}: {error}; rules such as last-2 fit every depth") from error

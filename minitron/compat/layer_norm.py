@@ -20,8 +20,9 @@ class LayerNorm1P(torch.nn.LayerNorm):
         torch.nn.init.zeros_(self.bias)
 
     def forward(self, input: Tensor) -> Tensor:
-        """Norm over the last dimension."""
-        return F.layer_norm(input, self.normalized_shape, self.weight + 1, self.bias, self.eps)
+        """Norm over the last dimension, in the weight's type or the input's, whichever is wider."""
+        wide = input.to(torch.promote_types(input.dtype, self.weight.dtype))  # CUDA takes no mixture
+        return F.layer_norm(wide, self.normalized_shape, self.weight + 1, self.bias, self.eps).to(input.dtype)
 
 
 def layer_norm_1p(config: Any, hidden_size: int, eps: float = 1e-5, **_kwargs: object) -> LayerNorm1P:

@@ -100,6 +100,11 @@ class ModelConfig:
         return (self.num_moe_experts or 1) * self.ffn_hidden_size
 
     @property
+    def longest_sequence(self) -> int:
+        """Tokens up to which causal attention over all of them is what the model computes."""
+        return min(self.max_position_embeddings, self.sliding_window or self.max_position_embeddings)
+
+    @property
     def heads_per_group(self) -> int:
         """Query heads that share one key and value head."""
         return self.num_attention_heads // self.num_query_groups

@@ -67,11 +67,6 @@ class TrainBatches:
         self._sequences = training_sequences(data_dir, seq_length)
         self._epochs: dict[int, Indices] = {}
 
-    @property
-    def num_epochs(self) -> float:
-        """How often the run goes through the training split."""
-        return self.num_steps * self.global_batch_size / self.samples_per_epoch
-
     def microbatches(self, step: int) -> list[Batch]:
         """Return this DP rank's micro-batches of a step, counted from 0."""
         assert 0 <= step < self.num_steps, f"step {step} of {self.num_steps}"

@@ -90,11 +90,9 @@ def open_channels(groups: Groups, sources: tuple[int, ...], device: torch.device
     elif groups.pp_rank in sources:
         _wait(channels.send_up(zero))
         channels.receive_down(zero)
-    try:
-        yield channels
-    finally:
-        for group in (up, down):
-            dist.destroy_process_group(group)
+    yield channels
+    for group in (up, down):  # not after an error: the other ranks might not come to destroy theirs
+        dist.destroy_process_group(group)
 
 
 def _wait(work: dist.Work | None) -> None:

@@ -67,11 +67,15 @@ def _hook(see: See, _module: nn.Module, _args: object, output: Any) -> Any:
 
 
 def _see_normed(see: See, linear: Any, config: TransformerConfig, carrier: Tensor, state_SBH: Tensor) -> Tensor:
-    weight_H = linear.layer_norm_weight + (1 if config.layernorm_zero_centered_gamma else 0)
+    # Wide as in Transformer Engine's kernel: 1 + a small weight has no room in bf16.
+    wide_SBH = state_SBH.to(torch.promote_types(state_SBH.dtype, torch.float32))
+    weight_H = linear.layer_norm_weight.to(wide_SBH.dtype) + (1 if config.layernorm_zero_centered_gamma else 0)
     shape, epsilon = state_SBH.shape[-1:], config.layernorm_epsilon
     if config.normalization == "RMSNorm":
-        return see(carrier, F.rms_norm(state_SBH, shape, weight_H, epsilon))
-    return see(carrier, F.layer_norm(state_SBH, shape, weight_H, linear.layer_norm_bias, epsilon))
+        normed_SBH = F.rms_norm(wide_SBH, shape, weight_H, epsilon)
+    else:
+        normed_SBH = F.layer_norm(wide_SBH, shape, weight_H, linear.layer_norm_bias.to(wide_SBH.dtype), epsilon)
+    return see(carrier, normed_SBH.to(state_SBH.dtype))
 
 
 def split_qkv(qkv_SBX: Tensor, model: ModelConfig) -> tuple[Tensor, Tensor, Tensor]:

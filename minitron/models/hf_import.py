@@ -13,7 +13,7 @@ from torch.distributed import ProcessGroup
 
 from minitron.checkpoint.folder import SIDE_DIR, WEIGHTS_DIR, write_model_config
 from minitron.checkpoint.store import CheckpointWriter
-from minitron.checkpoint.stream import deal, read_ahead
+from minitron.checkpoint.stream import CHUNK_BYTES, deal, read_ahead
 from minitron.config.model import ModelConfig
 from minitron.errors import ModelError
 from minitron.models.axes import OUTPUT_LAYER_KEY, TABLES, Dim, ParamAxes, global_shape, layer_shape, part_rows
@@ -22,8 +22,6 @@ from minitron.models.hf_config import HfConfig
 from minitron.models.hf_names import IGNORED_SUFFIXES, blocks, hf_tensors, hf_tensors_of
 from minitron.models.hf_source import FolderSource, Source
 from minitron.models.origin import Origin
-
-CHUNK_BYTES = 64 * 2**20  # rows of an embedding that are held at a time
 
 Progress = Callable[[int, int], None]
 

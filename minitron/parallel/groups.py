@@ -22,7 +22,6 @@ class Groups:
     Attributes:
         tp, pp, cp, dp: Groups along the tensor, pipeline, context and data axes.
         dp_cp: Data x context: all ranks that hold the same part of the model.
-        mp: Tensor x pipeline: all ranks that hold one copy of the model.
         tp_rank, pp_rank, cp_rank, dp_rank: Place along each axis.
         collection: The same, in the form Megatron's constructors take.
     """
@@ -32,7 +31,6 @@ class Groups:
     cp: ProcessGroup
     dp: ProcessGroup
     dp_cp: ProcessGroup
-    mp: ProcessGroup
     tp_rank: int
     pp_rank: int
     cp_rank: int
@@ -196,7 +194,6 @@ def _groups_in_force() -> Groups:
         cp=parallel_state.get_context_parallel_group(),
         dp=parallel_state.get_data_parallel_group(),
         dp_cp=parallel_state.get_data_parallel_group(with_context_parallel=True),
-        mp=parallel_state.get_model_parallel_group(),
         tp_rank=parallel_state.get_tensor_model_parallel_rank(),
         pp_rank=parallel_state.get_pipeline_model_parallel_rank(),
         cp_rank=parallel_state.get_context_parallel_rank(),

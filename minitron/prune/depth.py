@@ -121,8 +121,8 @@ class _Passes:
     def per_round(self, metrics: Sequence[DepthMetric]) -> int:
         """Micro-batches of one round."""
         text = len(self._microbatches) if _on_text(metrics) else 0
-        asked = DepthMetric.accuracy in metrics and self._questions is not None
-        return text + (len(self._questions.batches) if asked and self._questions else 0)
+        questions = self._questions if DepthMetric.accuracy in metrics else None
+        return text + (len(questions.batches) if questions else 0)
 
     def measure(
         self, removed: Sequence[int], candidates: Sequence[Sequence[int]], metrics: Sequence[DepthMetric]

@@ -22,7 +22,8 @@ class GreedyRemoval:
     Attributes:
         metric: What was measured.
         layers: The removed layers by number in the source, the first removed first.
-        values: The metric of the model without the layers up to each place; against the whole model, not the last.
+        values: The metric at each place: loss and accuracy of what is left, logit_mse against the whole model,
+            block_importance of the removed layer in the model that it was removed from.
     """
 
     metric: DepthMetric

@@ -71,10 +71,7 @@ class LeastSquares:
             dist.reduce(sums, dst=source, group=group)
         correction_EX = torch.zeros(self.cross_XE.T.shape, device=self.gram_XX.device)
         if group.rank() == 0:
-            solved = _solve(self.gram_XX, self.cross_XE, damping)
-            correction_EX = (
-                torch.full_like(correction_EX, torch.nan) if solved is None else solved.T.float().contiguous()
-            )
+            correction_EX = _solve(self.gram_XX, self.cross_XE, damping).T.float().contiguous()
         dist.broadcast(correction_EX, src=source, group=group)
         if not correction_EX.isfinite().all():
             raise NumericsError(

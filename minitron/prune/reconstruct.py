@@ -29,6 +29,7 @@ from torch.distributed import ProcessGroup
 
 from minitron.checkpoint.folder import weights_dir
 from minitron.checkpoint.store import CheckpointReader
+from minitron.checkpoint.stream import CHUNK_BYTES
 from minitron.config.parallel import ParallelConfig
 from minitron.config.reconstruct import Linear, ReconstructConfig
 from minitron.data.batch import Batch
@@ -36,7 +37,7 @@ from minitron.models.axes import OUTPUT_LAYER_KEY, ParamAxes, kept_positions, la
 from minitron.parallel.groups import second_layout
 from minitron.prune.least_squares import LeastSquares
 from minitron.prune.one_layer import HALVES, MLP, Half, OneLayer
-from minitron.prune.slicer import CHUNK_BYTES, SliceItem, slice_param
+from minitron.prune.slicer import SliceItem, slice_param
 from minitron.prune.spec import PruneSpec
 from minitron.runtime.session import Session
 

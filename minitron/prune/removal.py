@@ -89,7 +89,7 @@ class RemovalPass:
             measure: What to read off.
         """
         (self._chunk,) = gpt
-        self._dtype = next(gpt.parameters()).dtype
+        self._dtype = gpt.config.pipeline_dtype  # norms are wider than the states that stages send
         self._groups = groups
         self._variants = variants
         self._measure = measure

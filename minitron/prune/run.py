@@ -11,6 +11,7 @@ from transformers import AutoTokenizer
 
 from minitron.checkpoint.folder import read_model_config, side_dir
 from minitron.config.depth import depth_plan
+from minitron.config.families import check_family
 from minitron.config.model import ModelConfig
 from minitron.config.prune import HeadResidual, check_target
 from minitron.config.score import DepthMetric
@@ -119,7 +120,7 @@ class _ScoreStage:
             read_questions(Path(config.depth.questions)),
             lambda text: tokenizer.encode(text, add_special_tokens=False),
             micro_batch_size=config.micro_batch_size,
-            max_length=model.max_position_embeddings,
+            max_length=model.longest_sequence,
             dp_rank=groups.dp_rank,
             dp_size=groups.dp.size(),
         )
@@ -171,7 +172,7 @@ def prune(
         out: The stage's working folder; becomes a checkpoint folder with ``prune_spec.json``.
 
     Raises:
-        PruneError: The target, the scores or the given spec are not of this source.
+        PruneError: The target, the scores or the given spec are not of this source, or a setting is not for its family.
         CheckpointError: The result has not the parameters that were planned.
     """
     config, groups = session.config.prune, session.groups
@@ -181,6 +182,7 @@ def prune(
         spec = choose(source, config, scores=loaded, source_id=source_id)
     else:
         spec = load_given(Path(config.spec), source, source_id=source_id)
+    check_family(source, spec.target, config, session.config.score)
     if session.is_main:
         spec.save(out / SPEC_FILE)
     with session.progress("prune") as progress, _fitted(session, spec, model, data, progress) as fitted:

@@ -21,15 +21,12 @@ from minitron.checkpoint.folder import (
     write_model_config,
 )
 from minitron.checkpoint.store import CheckpointReader, CheckpointWriter
-from minitron.checkpoint.stream import Memory, Workspace, deal, fresh_memory, read_ahead
+from minitron.checkpoint.stream import CHUNK_BYTES, Memory, Workspace, deal, fresh_memory, read_ahead
 from minitron.errors import CheckpointError, PruneError
 from minitron.models.axes import Dim, Indices, ParamAxes, global_shape, kept_positions, layer_shape, params_of
 from minitron.models.hf_names import blocks
 from minitron.prune.head_residual import merge_heads
 from minitron.prune.spec import PruneSpec
-
-CHUNK_BYTES = 64 * 2**20
-"""Row chunks of an embedding, so that a rank's memory does not grow with the vocabulary."""
 
 _CACHED_BYTES = 2**19
 """Rows that are taken apart at a time."""

@@ -6,7 +6,7 @@ import pytest
 
 from minitron.config.families import check_family
 from minitron.config.model import Architecture, ModelConfig
-from minitron.config.prune import PruneConfig
+from minitron.config.prune import HeadResidual, PruneConfig
 from minitron.config.reconstruct import ReconstructConfig
 from minitron.config.score import ScoreConfig
 from minitron.errors import PruneError
@@ -39,6 +39,18 @@ def test_only_llama_like_layers_are_fitted(architecture: Architecture) -> None:
         return
     with pytest.raises(PruneError, match=rf"{architecture}; set prune\.reconstruct\.enabled=false"):
         check_family(source, target, PruneConfig(), ScoreConfig())
+
+
+@pytest.mark.parametrize("architecture", list(Architecture)[:5])
+def test_queries_that_are_normed_are_not_merged(architecture: Architecture) -> None:
+    source = replace(DENSE, architecture=architecture)
+    target = replace(source, num_attention_heads=2)
+    merged = replace(SLICED, head_residual=HeadResidual.laco)
+    if architecture is not Architecture.qwen3:
+        check_family(source, target, merged, ScoreConfig())
+        return
+    with pytest.raises(PruneError, match=r"Qwen3ForCausalLM norms them afterwards.* set prune\.head_residual=none"):
+        check_family(source, target, merged, ScoreConfig())
 
 
 def test_experts_are_not_scored_in_rounds() -> None:

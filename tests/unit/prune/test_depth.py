@@ -13,6 +13,7 @@ from torch.nn.functional import cross_entropy
 from minitron.config.depth import DepthPlan
 from minitron.config.model import ModelConfig
 from minitron.config.parallel import ParallelConfig
+from minitron.config.precision import Dtype
 from minitron.config.score import DepthMetric
 from minitron.prune.questions import Question
 from tests.helpers.pool import WorkerPool
@@ -142,6 +143,22 @@ def test_removal_in_every_family(pool: WorkerPool, tmp_path: Path, family: str) 
         errors = [float((logits_BSV - whole).square().mean()) for logits_BSV in left]
         np.testing.assert_allclose(scores.blocks[DepthMetric.loss, size], losses, rtol=1e-6)
         np.testing.assert_allclose(scores.blocks[DepthMetric.logit_mse, size], errors, rtol=1e-6)
+
+
+@pytest.mark.parametrize("family", ["llama", "nemotron"])
+def test_bf16_states_travel_between_stages(pool: WorkerPool, tmp_path: Path, family: str) -> None:
+    model = shape(vocab_size=48, **FAMILIES[family])
+    source = checkpoint_of(model, tmp_path / "source")
+    plan = DepthPlan(metrics=ON_TEXT, sizes=(1, 2))
+    alone, both = (
+        pool.run(workers.depth, stages, source, sequences(), parallel, plan, 4, (), Dtype.bf16)[0][0]
+        for stages in (1, 2)
+        for parallel in [ParallelConfig(pipeline_model_parallel_size=stages)]
+    )
+    for key, values in alone.blocks.items():
+        np.testing.assert_allclose(both.blocks[key], values, rtol=1e-6, err_msg=str(key))
+    reference = cross_entropy(states_without([], sequences(), model)[-1].flatten(0, 1), sequences().flatten())
+    assert alone.whole_loss == pytest.approx(float(reference), rel=0.02)
 
 
 def test_block_importance_alone_runs_no_layer_twice(pool: WorkerPool, source: Path) -> None:

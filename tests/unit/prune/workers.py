@@ -15,7 +15,7 @@ from minitron.compat.cpu import CPU_LAYER
 from minitron.config.depth import DepthPlan
 from minitron.config.model import ModelConfig
 from minitron.config.parallel import ParallelConfig
-from minitron.config.precision import PrecisionConfig
+from minitron.config.precision import Dtype, PrecisionConfig
 from minitron.config.run import Device, RunConfig
 from minitron.config.score import ScoreConfig
 from minitron.data.batch import NO_SAMPLE, Batch
@@ -44,8 +44,8 @@ class Loaded:
 
 
 @contextlib.contextmanager
-def loaded(folder: Path, parallel: ParallelConfig) -> Iterator[Loaded]:
-    """Load a checkpoint at a layout, context-parallel ranks as data-parallel ones."""
+def loaded(folder: Path, parallel: ParallelConfig, dtype: Dtype | None = None) -> Iterator[Loaded]:
+    """Load a checkpoint at a layout, in fp64 without a dtype, context-parallel ranks as data-parallel ones."""
     model = read_model_config(folder)
     CPU_LAYER.apply()
     try:
@@ -57,10 +57,12 @@ def loaded(folder: Path, parallel: ParallelConfig) -> Iterator[Loaded]:
             with session.context_as_data() as whole:
                 groups = whole.groups
                 assert whole.config.parallel.num_ranks == parallel.num_ranks
-                gpt = build_gpt(model, whole.config.parallel, PrecisionConfig(), groups, device=Device.cpu)
+                precision = PrecisionConfig(dtype=dtype or Dtype.fp32)
+                gpt = build_gpt(model, whole.config.parallel, precision, groups, device=Device.cpu)
                 load_model(gpt, folder)
-                gpt.double()
-                gpt.config.pipeline_dtype = torch.float64
+                if dtype is None:
+                    gpt.double()
+                    gpt.config.pipeline_dtype = torch.float64
                 yield Loaded(gpt, model, groups)
     finally:
         CPU_LAYER.undo()
@@ -80,6 +82,7 @@ def depth(
     plan: DepthPlan,
     micro_batch_size: int,
     questions: Sequence[Question] = (),
+    dtype: Dtype | None = None,
 ) -> tuple[DepthScores, int]:
     """Measure the depth of a checkpoint at a layout; and how often a layer of this rank was called."""
     calls = 0
@@ -88,7 +91,7 @@ def depth(
         nonlocal calls
         calls += 1
 
-    with loaded(folder, parallel) as it:
+    with loaded(folder, parallel, dtype) as it:
         (chunk,) = it.gpt
         for layer in chunk.get_submodule("decoder.layers").children():
             layer.register_forward_pre_hook(count)
