@@ -1,5 +1,5 @@
 # Every target installs what it needs first (launch/setup.sh; at once when nothing changed).
-# ARGS goes on to the command: make demo ARGS="distill.num_tokens=200000", make test ARGS="-k kl".
+# ARGS goes on to the command: make demo ARGS="distill.train.num_tokens=200000", make test ARGS="-k kl".
 
 ARGS ?=
 PY := .venv/bin/python

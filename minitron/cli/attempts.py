@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from minitron.errors import PlatformError
-from minitron.runtime.artefact import META_FILE, write_json
+from minitron.runtime.artefact import META_FILE, PARTIAL_DIR, write_json
 from minitron.runtime.env import slurm_job
 from minitron.runtime.slurm import JOBS_DIR
 
@@ -45,7 +45,7 @@ def note_attempt(run: Path, stages: Sequence[str], *, limit: int) -> None:
 def _progress(run: Path, stages: Sequence[str]) -> list[str]:
     """Everything that a stage leaves only once: its result, saved steps, shards of a cache."""
     done = [f"{stage} is done" for stage in stages if (run / stage / META_FILE).exists()]
-    partial = [run / ".partial" / stage for stage in stages]
+    partial = [run / PARTIAL_DIR / stage for stage in stages]
     saved = [path for folder in partial for path in (*folder.glob("states/step_*"), *folder.glob("*.shard"))]
     return done + sorted(str(path.relative_to(run)) for path in saved)
 

@@ -1,5 +1,6 @@
 """Turn a verb into a job: check everything that can be checked, then start the ranks for what is not done."""
 
+from dataclasses import replace
 from pathlib import Path
 
 from rich.console import Console
@@ -27,7 +28,7 @@ from minitron.errors import ConfigError, ModelError, StoppedError
 from minitron.pipeline import OutsideHashes, Planned, outside_hashes, plan_stages
 from minitron.prune.given import target_of
 from minitron.runtime.artefact import OUTSIDE_FILE, RESOLVED_FILE, RunFolder, storage_error, write_json, write_whole
-from minitron.runtime.device import check_num_ranks, check_precision, resolve_device
+from minitron.runtime.device import check_devices, check_num_ranks, check_precision, resolve_device
 from minitron.runtime.env import DistEnv, wandb_mode
 from minitron.runtime.environment import environment
 from minitron.runtime.launch import launch_ranks
@@ -95,7 +96,15 @@ def run_preflight(config: RunConfig, env: DistEnv | None) -> int:
 
     Returns:
         Exit code.
+
+    Raises:
+        ConfigError: It is asked of a cluster instead of its nodes.
     """
+    if config.launch.kind is LaunchKind.slurm:
+        raise ConfigError(
+            "minitron preflight checks the machines that it runs on; start it inside an allocation, with srun, and "
+            "without launch=slurm"
+        )
     if env is not None:
         run_rank(config, [PREFLIGHT], env)
         return 0
@@ -127,6 +136,7 @@ def _launch(config: RunConfig, run: RunFolder, wanted: list[str], outside: Outsi
     """Start as many ranks as the stages need, and wait; gives the exit code."""
     alone = runs_alone(config, wanted)
     nodes, ranks_per_node = (1, 1) if alone else nodes_of(config.launch, config.cluster, config.parallel)
+    check_devices(ranks_per_node, config)
     resolved = _write_resolved(run, config)
     given = run.path / OUTSIDE_FILE
     write_json(given, outside)
@@ -285,6 +295,8 @@ def _write_resolved(run: RunFolder, config: RunConfig) -> Path:
     """Write what every rank will load, with the versions and the commit at its head."""
     path = run.path / RESOLVED_FILE
     head = "".join(f"# {key}: {value}\n" for key, value in environment().items())
+    # Every host of several writes it: without what is one host's own, they write the same.
+    config = replace(config, launch=replace(config.launch, is_host=None, local_address=None))
     try:
         run.path.mkdir(parents=True, exist_ok=True)
         write_whole(path, head + to_yaml(config))

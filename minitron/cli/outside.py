@@ -31,7 +31,7 @@ def teacher_outside(config: RunConfig) -> dict[str, str]:
 
 
 def _folder_outside(name: str, given: str | None) -> dict[str, str]:
-    if given is None:
+    if not given:
         return {}
     return {name: _model_identity(Path(given).resolve())}
 

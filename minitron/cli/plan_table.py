@@ -10,7 +10,7 @@ from rich.table import Table
 
 from minitron.config.gpus import GPUS
 from minitron.config.run import RunConfig
-from minitron.models.axes import num_embedding_parameters, num_parameters
+from minitron.models.axes import num_active_parameters, num_embedding_parameters, num_parameters
 from minitron.plan.memory import StageMemory
 from minitron.plan.trainings import Plan, PlannedPass
 from minitron.report import format as fmt
@@ -96,7 +96,7 @@ def _memory(item: PlannedPass, config: RunConfig) -> Table:
 
 def _costs(plan: Plan, config: RunConfig) -> Table:
     table = _table("cost", "stage", "steps", "tokens", "FLOPs", "teacher's", "6ND", "GPU-hours", "days")
-    sizes = {item.role: num_parameters(item.model) for item in plan.models}
+    sizes = {item.role: num_active_parameters(item.model) for item in plan.models}
     hours = [_gpu_hours(item.flops + item.teacher_flops, config) for item in plan.passes]
     for item, spent in zip(plan.passes, hours, strict=True):
         step, _, stage = item.stage.rpartition("/")

@@ -8,7 +8,7 @@ from rich.console import Console
 from minitron.cli.plan_table import print_plan
 from minitron.config.model import ModelConfig
 from minitron.config.run import RunConfig, SourceKind
-from minitron.errors import ConfigError
+from minitron.errors import ConfigError, ModelError
 from minitron.plan.trainings import plan_run
 from minitron.prune.given import target_of
 
@@ -51,7 +51,11 @@ def source_shape(config: RunConfig) -> tuple[ModelConfig, str]:
     if (path / "config.json").is_file():
         from minitron.models.hf_config import model_from_hf_config
 
-        found = model_from_hf_config(json.loads((path / "config.json").read_text(encoding="utf-8")))
+        try:
+            values = json.loads((path / "config.json").read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise ModelError(f"{path / 'config.json'} cannot be read: {error}") from error
+        found = model_from_hf_config(values)
     elif path.is_file():
         from minitron.models.hf_import import inspect_source
 

@@ -3,7 +3,6 @@
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-import torch
 from rich.console import Console
 
 from minitron.cli.search_stages import LATENCY, RESULT, SEARCH, is_search, latencies, search_plans, search_space
@@ -13,14 +12,14 @@ from minitron.cli.turn import in_turn
 from minitron.cli.worker import run_rank
 from minitron.config.families import check_family
 from minitron.config.intermediate import find_matches
-from minitron.config.launch import nodes_of
+from minitron.config.launch import LaunchKind, nodes_of
 from minitron.config.model import ModelConfig
 from minitron.config.run import Device, RunConfig
-from minitron.errors import ConfigError, LayoutError
+from minitron.errors import ConfigError, StoppedError
 from minitron.pipeline import OutsideHashes, Planned, outside_hashes
 from minitron.report.search import print_search, read_search
 from minitron.runtime.artefact import OUTSIDE_FILE, RunFolder, write_json
-from minitron.runtime.device import resolve_device
+from minitron.runtime.device import check_devices, resolve_device
 from minitron.runtime.env import DistEnv
 from minitron.runtime.launch import launch_ranks, launch_side_by_side
 from minitron.search.space import Space, require_candidates
@@ -74,6 +73,8 @@ def run_search(
             code = run_all(config, run, resolved, outside)
         if code:
             return code
+        if not _is_done(config, run, outside):
+            return StoppedError.exit_code  # rank 0 has said where
     if is_main:
         print_search(read_search(run.stage(RESULT)), run.stage(RESULT), console)
     return 0
@@ -104,24 +105,13 @@ def check_search(config: RunConfig, run: RunFolder, *, teacher: ModelConfig | No
         except ConfigError as error:
             raise ConfigError(f"search: {candidate.name}: {error}; rules such as last-2 fit every depth") from error
     if search.workers > 1:
-        if not alone:
+        if not alone or config.launch.kind is not LaunchKind.local:
             raise ConfigError(
-                f"search.workers={search.workers} starts ranks of its own; set it to 1 under torchrun, or start "
-                "minitron search without it"
+                f"search.workers={search.workers} starts ranks of its own, on this machine; set it to 1 under torchrun "
+                "and srun, or start minitron search with launch=local and without them"
             )
-        _check_devices(config)
+        check_devices(config.parallel.num_ranks, config, places=search.workers)
     return space
-
-
-def _check_devices(config: RunConfig) -> None:
-    if resolve_device(config.device) is not Device.cuda:
-        return
-    have, need = torch.cuda.device_count(), config.search.workers * config.parallel.num_ranks
-    if need > have:
-        raise LayoutError(
-            f"search.workers={config.search.workers} x {config.parallel.num_ranks} ranks need {need} devices, but "
-            f"there are {have}; lower search.workers"
-        )
 
 
 def _is_done(config: RunConfig, run: RunFolder, outside: OutsideHashes) -> bool:
@@ -132,6 +122,7 @@ def _is_done(config: RunConfig, run: RunFolder, outside: OutsideHashes) -> bool:
 def _run_in_one(config: RunConfig, run: RunFolder, resolved: Path, outside: OutsideHashes) -> int:
     arguments = [str(resolved), SEARCH, str(_write_outside(run, outside))]
     nodes, ranks_per_node = nodes_of(config.launch, config.cluster, config.parallel)
+    check_devices(ranks_per_node, config)
     return launch_ranks(
         arguments, config.launch, nodes=nodes, ranks_per_node=ranks_per_node, name=f"minitron-{config.name}"
     )
@@ -155,7 +146,7 @@ def _run_side_by_side(config: RunConfig, run: RunFolder, resolved: Path, outside
             logs=run.path / SEARCH / "logs",
             uses_cuda=resolve_device(config.device) is Device.cuda,
         )
-        if code:
+        if code or any(run.meta(item.stage.name) is None for item in planned):  # stopped: the next round needs them
             return code
     return 0
 

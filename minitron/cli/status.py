@@ -12,11 +12,9 @@ from minitron.config.compose import load_resolved
 from minitron.config.run import RunConfig
 from minitron.config.trainings import TRAININGS, in_step, settings_of
 from minitron.errors import ArtefactError
-from minitron.runtime.artefact import META_FILE
+from minitron.runtime.artefact import META_FILE, PARTIAL_DIR, RESOLVED_FILE
 from minitron.runtime.slurm import JobState, job_states, read_jobs
 from minitron.runtime.tracking import read_metrics
-
-_PARTIAL = ".partial"
 
 
 @dataclass(frozen=True)
@@ -71,14 +69,14 @@ def status_of(run: Path) -> list[StageStatus]:
     Raises:
         ArtefactError: There is no such run.
     """
-    file = run / "resolved.yaml"
+    file = run / RESOLVED_FILE
     if not file.exists():
         raise ArtefactError(f"{run} is not a run's folder (it has no {file.name}); give one, such as runs/demo")
     config = load_resolved(file)
     jobs = {stage: number for number, _, stages in read_jobs(run) for stage in stages}
     states = job_states(sorted(set(jobs.values())))
     metas = {path.parent.relative_to(run).as_posix(): _read(path) for path in _metas(run)}
-    begun = [path.parent.relative_to(run / _PARTIAL).as_posix() for path in (run / _PARTIAL).rglob("digest")]
+    begun = [path.parent.relative_to(run / PARTIAL_DIR).as_posix() for path in (run / PARTIAL_DIR).rglob("digest")]
     finished = sorted(metas, key=lambda stage: str(metas[stage].get("finished", "")))
     rows = []
     for stage in dict.fromkeys([*jobs, *finished, *begun]):
@@ -88,8 +86,8 @@ def status_of(run: Path) -> list[StageStatus]:
 
 
 def _metas(run: Path) -> list[Path]:
-    found = [*run.glob(f"*/{META_FILE}"), *run.glob(f"steps/*/*/{META_FILE}")]
-    return [path for path in found if path.parent.parent.name not in (_PARTIAL, "superseded")]
+    places = ("*", "steps/*/*", "search/*", "search/*/*")
+    return [path for place in places for path in run.glob(f"{place}/{META_FILE}")]
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -100,7 +98,7 @@ def _read(path: Path) -> dict[str, Any]:
 def _status(
     run: Path, stage: str, config: RunConfig, meta: dict[str, Any] | None, job: int | None, state: JobState | None
 ) -> StageStatus:
-    folder = run / stage if meta is not None else run / _PARTIAL / stage
+    folder = run / stage if meta is not None else run / PARTIAL_DIR / stage
     step, num_steps, loss, left = _training(folder, stage, config)
     if meta is not None:
         return StageStatus(stage, "done", job, "", step, num_steps, loss, float(meta.get("seconds", 0)))

@@ -12,6 +12,7 @@ from hydra.core.global_hydra import GlobalHydra
 from hydra.errors import HydraException, OverrideParseException
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
 
 import minitron
 from minitron.config.run import RunConfig
@@ -69,9 +70,18 @@ def to_yaml(run: RunConfig) -> str:
 
 
 def load_resolved(path: Path) -> RunConfig:
-    """Load what `to_yaml` wrote; every rank of a job reads the same file."""
-    merged = OmegaConf.merge(OmegaConf.structured(RunConfig), OmegaConf.load(path))
-    run = OmegaConf.to_object(merged)
+    """Load what `to_yaml` wrote; every rank of a job reads the same file.
+
+    Raises:
+        ConfigError: Another version wrote it, or it was edited.
+    """
+    try:
+        run = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(RunConfig), OmegaConf.load(path)))
+    except (OmegaConfBaseException, YAMLError, OSError) as error:
+        reason = str(error).splitlines()[0]
+        raise ConfigError(
+            f"{path} was not written by this version of minitron: {reason}; start the run again with its command"
+        ) from error
     assert isinstance(run, RunConfig)
     return run
 
@@ -141,6 +151,8 @@ def _raise_in_one_line(error: Exception) -> NoReturn:
     first = next((line.strip() for line in text.splitlines() if line.strip()), type(error).__name__)
     full_key = re.search(r"full_key: (\S+)", text)
     override = re.search(r"Could not override '([^']+)'", str(error))
+    if override and len(chain) > 1 and _is_key(override.group(1)):  # what is wrong is inside of its value
+        raise ConfigError(f"{override.group(1)}: {str(chain[1]).splitlines()[0]}") from None
     if override or re.match(r"Key '[^']*' (not in|is not in)", first):
         key = override.group(1) if override else full_key.group(1) if full_key else first
         raise ConfigError(f"there is no key {key}{_close_keys(key)}") from None
@@ -158,6 +170,16 @@ def _raise_in_one_line(error: Exception) -> NoReturn:
             "value with special characters stands in quotes of its own: 'key=\"a[b]\"'"
         )
     raise ConfigError(first) from None
+
+
+def _is_key(key: str) -> bool:
+    """Whether the schema has a key."""
+    node: Any = RunConfig()
+    for name in key.split("."):
+        if not hasattr(node, name):
+            return False
+        node = getattr(node, name)
+    return True
 
 
 def _close_keys(key: str) -> str:

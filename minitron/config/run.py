@@ -1,6 +1,7 @@
 """The root of the configuration: one `RunConfig` holds every section of every verb."""
 
 import math
+import re
 import sys
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -182,8 +183,8 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         """Check what concerns no other section."""
-        if not self.name or "/" in self.name or self.name.startswith("."):
-            raise ConfigError(f"name={self.name!r} must be a plain folder name")
+        if not re.fullmatch(r"\w[\w.+=-]*", self.name):
+            raise ConfigError(f"name={self.name!r} must be a plain folder name: letters, digits and ._+=-")
 
     @property
     def least_train_sequences(self) -> int:

@@ -77,7 +77,11 @@ def scaled(run: "RunConfig") -> "RunConfig":
         source=replace(run.source, model=None, random=random),
         prune=_scaled_prune(scale, run.prune, model, "prune"),
         chain=[
-            replace(step, num_tokens=None, prune=_scaled_prune(scale, step.prune, model, f"chain.{number}.prune"))
+            replace(
+                step,
+                num_tokens=0 if step.num_tokens == 0 else None,
+                prune=_scaled_prune(scale, step.prune, model, f"chain.{number}.prune"),
+            )
             for number, step in enumerate(run.chain)
         ],
     )

@@ -1,5 +1,6 @@
 """The training loop's settings: batch, schedule, optimizer, and how often things happen."""
 
+import math
 from dataclasses import dataclass
 
 from minitron.config.parallel import ParallelConfig
@@ -130,8 +131,8 @@ def _check_ranges(train: TrainConfig, who: str) -> None:
     }
     for name, lowest in least.items():
         value = getattr(train, name)
-        if not value >= lowest:  # true for nan too
-            raise ConfigError(f"{who}.{name}={value} must be at least {lowest}")
+        if not lowest <= value < math.inf:  # true for nan too
+            raise ConfigError(f"{who}.{name}={value} must be at least {lowest}, and finite")
     if not train.adam_eps > 0:
         raise ConfigError(f"{who}.adam_eps={train.adam_eps} must be more than 0")
     for name in ("adam_beta1", "adam_beta2"):
@@ -142,5 +143,7 @@ def _check_ranges(train: TrainConfig, who: str) -> None:
             f"{who}.lr_warmup_steps={train.lr_warmup_steps} and {who}.lr_warmup_tokens={train.lr_warmup_tokens} "
             "both set the warm-up; leave one of them 0"
         )
-    if not 0 <= train.min_lr <= train.lr:
-        raise ConfigError(f"{who}.min_lr={train.min_lr} must lie between 0 and {who}.lr={train.lr}")
+    if not 0 <= train.min_lr <= train.lr < math.inf:
+        raise ConfigError(
+            f"{who}.min_lr={train.min_lr} must lie between 0 and {who}.lr={train.lr}, which must be finite"
+        )

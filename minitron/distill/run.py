@@ -20,7 +20,7 @@ from minitron.distill.relayout import relayout_teacher
 from minitron.distill.teacher import OnlineTeacher, Teacher, freeze
 from minitron.distill.vocabulary import common_vocab_size
 from minitron.errors import ArtefactError
-from minitron.models.axes import num_parameters
+from minitron.models.axes import num_active_parameters
 from minitron.models.gpt import Chunks
 from minitron.models.load import load_gpt
 from minitron.runtime.session import Session
@@ -90,7 +90,7 @@ def distill(
             leg=leg,
         )
     online = recipe.teacher.source is TeacherSource.online
-    return {**summary, "teacher_parameters": num_parameters(read_model_config(teacher)) if online else 0}
+    return {**summary, "teacher_parameters": num_active_parameters(read_model_config(teacher)) if online else 0}
 
 
 @contextmanager

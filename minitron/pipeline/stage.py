@@ -16,7 +16,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from minitron.config.run import RunConfig
 from minitron.errors import ArtefactError, MinitronError, StoppedError
-from minitron.runtime.artefact import RunFolder, StageIdentity, storage_error
+from minitron.runtime.artefact import PARTIAL_DIR, RunFolder, StageIdentity, storage_error
 from minitron.runtime.environment import environment
 from minitron.runtime.signals import any_rank_was_asked
 
@@ -189,7 +189,7 @@ def _give_back_memory() -> None:
 def _run_stage(item: Planned, session: "Session") -> dict[str, Any]:
     """Run one stage in its working folder and give the folder its place."""
     started = time.monotonic()
-    partial = session.run.path / ".partial" / item.stage.name
+    partial = session.run.path / PARTIAL_DIR / item.stage.name
     summary: dict[str, Any] = {}
     try:
         if session.is_main:

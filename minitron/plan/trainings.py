@@ -108,9 +108,9 @@ def plan_run(
         line = config if step is None else in_step(config, step)
         name = "" if step is None else step.name
         before = students[-1] if step and students and step.source is Ancestor.previous else source
-        teacher = given_teacher or source
+        teacher, own_teacher = given_teacher or source, False
         if step and students and step.teacher is Ancestor.previous:
-            teacher = students[-1]
+            teacher, own_teacher = students[-1], True
         student = target_of(before, line.prune)
         students.append(student)
         check_layout(student, config.parallel, who=f"student {name}".rstrip())
@@ -121,8 +121,12 @@ def plan_run(
         models.append(
             PlannedModel(f"student {name}".rstrip(), student, layers_per_stage(student.num_layers, config.parallel))
         )
-        passes += _line_passes(line, name, before, student, teacher, beside)
-    return Plan(models, passes)
+        passes += _line_passes(line, name, before, student, teacher, beside, own_teacher=own_teacher)
+    longest: dict[str, PlannedPass] = {}
+    for item in passes:
+        if item.stage not in longest or item.tokens > longest[item.stage].tokens:
+            longest[item.stage] = item
+    return Plan(models, list(longest.values()))
 
 
 def _line_passes(
@@ -132,18 +136,27 @@ def _line_passes(
     student: ModelConfig,
     teacher: ModelConfig,
     teacher_parallel: ParallelConfig,
+    *,
+    own_teacher: bool,
 ) -> list[PlannedPass]:
-    """One step: scores, its trainings, and the teacher's pass before a cached distillation."""
+    """One step: scores, its trainings, and the teacher's pass before a cached distillation.
+
+    Steps that learn from the original share its cache; ``own_teacher`` is for one that learns from another student.
+    """
     prefix = f"{step}/" if step else ""
     length = config.data.seq_length
     scored = config.score.seq_length or length
     tokens = config.score.num_samples * scored
     passes = [PlannedPass(f"{prefix}score", tokens, 0, tokens * forward_flops(source, scored).total)]
+    if config.prune.scores:
+        passes = []
+    if config.distill.train.num_tokens == 0:
+        return passes  # a step that only prunes
     distilled = settings_of(config, "distill")
     if config.distill.teacher.source is TeacherSource.cached and config.distill.teacher.cache is None:
         tokens = distilled.num_steps(length) * distilled.tokens_per_step(length)
         flops = tokens * forward_flops(teacher, length).total
-        passes.append(PlannedPass(f"{prefix}teacher_logits", tokens, 0, flops))
+        passes.append(PlannedPass(f"{prefix}teacher_logits" if own_teacher else "teacher_logits", tokens, 0, flops))
     beside = _beside(config, student, teacher, teacher_parallel)
     passes.append(_training(config, "distill", f"{prefix}distill", student, beside))
     if config.baseline.enabled:

@@ -13,7 +13,7 @@ from minitron.checkpoint.folder import read_model_config
 from minitron.config.run import RunConfig
 from minitron.config.trainings import ABLATION, TRAININGS
 from minitron.errors import ArtefactError
-from minitron.models.axes import num_parameters
+from minitron.models.axes import num_active_parameters
 from minitron.report import figure as look
 from minitron.report import format as fmt
 from minitron.report.collect import read_curve, read_eval, teacher_parameters
@@ -136,8 +136,8 @@ def collect_ablation(run: RunFolder, config: RunConfig) -> Ablation:
     Raises:
         ArtefactError: A stage is missing or cannot be read.
     """
-    student = num_parameters(read_model_config(run.stage("prune")))
-    teacher = num_parameters(read_model_config(run.stage("import")))
+    student = num_active_parameters(read_model_config(run.stage("prune")))
+    teacher = num_active_parameters(read_model_config(run.stage("import")))
     _check_same_heldout(run)
     recipes = [_recipe(run, name, student=student) for name in ABLATION]
     curves = {recipe.name: recipe.curve for recipe in recipes}

@@ -7,13 +7,15 @@ how often metrics are logged are not part of it.
 """
 
 import errno
+import fcntl
 import hashlib
 import json
 import os
 import shutil
 import socket
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,6 +30,11 @@ OUTSIDE_FILE = "outside.json"
 """Hashes of what the stages read outside the run's folder, made once by the process that starts the ranks."""
 
 META_FILE = "meta.json"
+
+PARTIAL_DIR = ".partial"
+"""Folder of the stages that are not done, in the run's folder."""
+
+_LOCK_FILE = ".lock"
 
 
 @dataclass(frozen=True)
@@ -124,6 +131,29 @@ class RunFolder:
             )
         return False, changed
 
+    @contextmanager
+    def in_use(self, *, shared: bool = False) -> Iterator[None]:
+        """Keep other jobs out of the run's folder for the length of a block; the system lifts it when a process dies.
+
+        Args:
+            shared: Let others in that are shared as well.
+
+        Raises:
+            ArtefactError: Another job is at work.
+        """
+        self.path.mkdir(parents=True, exist_ok=True)
+        with (self.path / _LOCK_FILE).open("a") as file:
+            try:
+                fcntl.flock(file, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                raise ArtefactError(
+                    f"{self.path} is in use by another minitron; wait until it has ended, or take another name="
+                ) from error
+            except OSError as error:
+                if error.errno not in (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK):  # a file system without locks
+                    raise storage_error(error, self.path) from error
+            yield
+
     def begin(self, identity: StageIdentity, *, resumable: bool) -> Path:
         """Make (or find again) the working folder of a stage.
 
@@ -132,7 +162,7 @@ class RunFolder:
             resumable: Keep what an earlier attempt with the same identity left behind; a finished artefact of the
                 same identity, which lacks something, becomes the working folder again.
         """
-        folder = self.path / ".partial" / identity.stage
+        folder = self.path / PARTIAL_DIR / identity.stage
         meta = self.meta(identity.stage)
         try:
             if resumable and meta is not None and meta["digest"] == identity.digest:
@@ -162,7 +192,7 @@ class RunFolder:
 
         An older result of the stage moves to ``superseded/``; it is never deleted.
         """
-        partial = self.path / ".partial" / identity.stage
+        partial = self.path / PARTIAL_DIR / identity.stage
         final = self.stage(identity.stage)
         meta = {
             "stage": identity.stage,

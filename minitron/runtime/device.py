@@ -103,6 +103,28 @@ def check_num_ranks(env: DistEnv, parallel: ParallelConfig) -> None:
         )
 
 
+def check_devices(num_ranks: int, config: RunConfig, *, places: int = 1) -> None:
+    """Refuse to start more ranks on this machine than it has GPUs, where they run on GPUs.
+
+    Args:
+        num_ranks: Ranks of a job on this machine.
+        config: The run.
+        places: Jobs side by side.
+
+    Raises:
+        LayoutError: With both numbers.
+    """
+    if resolve_device(config.device) is not Device.cuda:
+        return
+    have, need = torch.cuda.device_count(), places * num_ranks
+    if need > have:
+        jobs = f"search.workers={places} x {num_ranks} ranks" if places > 1 else config.parallel.arithmetic()
+        raise LayoutError(
+            f"{jobs} need {need} GPUs on this machine, which has {have}; change parallel.* or search.workers, or start "
+            "it where there are more: launch=torchrun, launch=slurm"
+        )
+
+
 @contextlib.contextmanager
 def process_group(env: DistEnv, device: Device, *, timeout: datetime.timedelta = COLLECTIVE_TIMEOUT) -> Iterator[None]:
     """The default process group, with the CPU layer in force when there is no GPU.

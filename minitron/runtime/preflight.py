@@ -12,13 +12,14 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from minitron.config.fp8 import NEEDS
 from minitron.config.preflight import PreflightConfig
 from minitron.runtime.bandwidth import Figures, clock_offsets, measure, outliers
 
 _DRIVER = Path("/proc/driver/nvidia/version")
 _SHARED_WAIT_S = 10.0
 """Network file systems show a new file late."""
-_FP8_CAPABILITY = (8, 9)
+_FP8_CAPABILITY = min(need.capability for need in NEEDS.values())
 """The first compute capability with FP8 tensor cores."""
 
 

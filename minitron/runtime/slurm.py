@@ -162,7 +162,10 @@ def submit(script: Path, after: Sequence[int]) -> int:
     if done.returncode:
         refusal = done.stderr.strip().replace("\n", "; ")
         raise PlatformError(f"sbatch refuses {script}: {refusal}; change cluster=, cluster.* or launch.*")
-    return int(done.stdout.strip().split(";")[0])
+    number = done.stdout.strip().split("\n")[-1].split(";")[0]  # a site's own words come before
+    if not number.isdecimal():
+        raise PlatformError(f"sbatch gives no job number for {script} but {done.stdout!r}; see squeue and scancel")
+    return int(number)
 
 
 def cancel(jobs: Sequence[int]) -> None:
@@ -192,11 +195,17 @@ class JobState:
 
 
 def job_states(jobs: Sequence[int]) -> dict[int, JobState]:
-    """What SLURM knows of these jobs; without those it has forgotten, and empty where there is no SLURM."""
+    """What SLURM knows of these jobs; without those it has forgotten, and empty where there is no SLURM.
+
+    Raises:
+        PlatformError: SLURM does not answer.
+    """
     if not jobs or shutil.which("squeue") is None:
         return {}
     form = ["--noheader", "--states=all", "--format=%i|%T|%L|%r"]
     done = _client(["squeue", *form, f"--jobs={','.join(map(str, jobs))}"])
+    if done.returncode and "Invalid job id" not in done.stderr:  # what it says of a single job that it has forgotten
+        raise PlatformError(f"squeue does not answer: {done.stderr.strip()}; try again")
     states = {}
     for line in done.stdout.splitlines():
         job, state, left, reason = line.split("|", 3)

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from minitron.config.run import TrackingConfig
+from minitron.runtime.artefact import write_whole
 from minitron.runtime.env import wandb_mode
 
 METRICS_FILE = "metrics.jsonl"
@@ -41,7 +42,7 @@ class MetricsWriter:
         folder.mkdir(parents=True, exist_ok=True)
         self._path = folder / METRICS_FILE
         kept = [r for r in read_metrics(folder) if r["step"] < first_step]
-        self._path.write_text("".join(json.dumps(record) + "\n" for record in kept))
+        write_whole(self._path, "".join(json.dumps(record) + "\n" for record in kept))
         if tracking.wandb:
             import wandb
 

@@ -1,5 +1,6 @@
 """The papers' experiments, scaled down, through the whole line on two processes."""
 
+import contextlib
 import json
 import os
 import socket
@@ -24,9 +25,15 @@ SHAPES = {
 
 
 def _free_ports(number: int) -> list[int]:
-    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(number)]
-    ports = [listening.getsockname()[1] for listening in sockets]
-    for listening in sockets:
+    """Below those that the system gives to outgoing connections, which the jobs before may hold."""
+    found: list[socket.socket] = []
+    for port in range(20000 + os.getpid() % 10000, 32000):
+        with contextlib.suppress(OSError):
+            found.append(socket.create_server(("127.0.0.1", port)))
+        if len(found) == number:
+            break
+    ports = [listening.getsockname()[1] for listening in found]
+    for listening in found:
         listening.close()
     return ports
 

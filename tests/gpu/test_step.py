@@ -69,7 +69,8 @@ def test_peak_memory_is_what_plan_says(groups: Groups) -> None:
     """Within a tenth, for a teacher and a student of the papers' widths with two layers each."""
     from dataclasses import replace
 
-    plan = pytest.importorskip("minitron.plan.memory", reason="minitron plan is not there yet")
+    from minitron.plan import memory as plan
+
     teacher_model, student_model = (replace(model, num_layers=2) for model in (LLAMA_8B, LLAMA_4B_WIDTH))
     length, number = 2048, 2
     work = batches(teacher_model, number, size=2, length=length)

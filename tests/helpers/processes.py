@@ -1,5 +1,6 @@
 """Ending a job the hard way."""
 
+import contextlib
 import os
 import signal
 from pathlib import Path
@@ -18,4 +19,5 @@ def kill_tree(launcher: int) -> None:
     for pid in tree:
         tree += children.get(pid, [])
     for pid in tree:
-        os.kill(pid, signal.SIGKILL)
+        with contextlib.suppress(ProcessLookupError):  # a rank may end when it loses its peer
+            os.kill(pid, signal.SIGKILL)

@@ -327,6 +327,19 @@ def test_more_processes_than_ranks(fails: Fails, monkeypatch: pytest.MonkeyPatch
     assert "MASTER_PORT set but LOCAL_RANK not" in fails(10, "source.kind=random")
 
 
+def test_more_ranks_than_gpus(fails: Fails, text: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
+    message = fails(3, "source.kind=random", *text, "device=cuda", "parallel.pipeline_model_parallel_size=2")
+    assert "pipeline 2" in message
+    assert "need 2 GPUs on this machine, which has 1; change parallel.*" in message
+
+
+def test_preflight_of_a_cluster(fails: Fails) -> None:
+    message = fails(3, "source.kind=random", "launch=slurm", verb="preflight")
+    assert message.startswith("minitron preflight checks the machines that it runs on; start it inside an allocation")
+
+
 def test_run_folder_of_another_model(fails: Fails, model: Path, text: list[str], tmp_path: Path) -> None:
     run = RunFolder(tmp_path / "runs" / "mine")
     identity = StageIdentity("import", {"source.dtype": "auto"}, {"model": "other"})

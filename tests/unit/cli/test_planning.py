@@ -100,7 +100,9 @@ def test_a_given_spec_says_the_student_s_shape(tmp_path: Path, capsys: pytest.Ca
     assert num_parameters(target) < num_parameters(source)
 
 
-def test_unknown_shape_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+def test_unknown_shape_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "config.json").write_text("{bad")
+    assert "config.json cannot be read: Expecting" in _error(capsys, 4, f"source.path={tmp_path}")
     assert "source.path=nowhere is not on this machine" in _error(capsys, 3, "source.path=nowhere")
     assert "prune.hidden_size=9000 is larger than the model's 4096" in _error(
         capsys, 7, EXPERIMENT, "prune.hidden_size=9000"

@@ -160,6 +160,7 @@ def test_mistakes_before_any_work(refused: Callable[..., str]) -> None:
     assert (
         "no shape of 1 is left (1 by not fitting the source), for instance hidden_size=72: prune.hidden_size" in large
     )
+    assert "start minitron search with launch=local" in refused(*GRID, "search.workers=2", "launch=torchrun")
     layer = refused(*GRID, "search.grid.num_layers=[2,3]", "distill.intermediate.block_output=['3:2']")
     assert layer.startswith("search: L2-h48-f96-a4-g4: ")
 
@@ -175,4 +176,6 @@ def test_ranks_that_are_there_already_cannot_work_side_by_side(
         ("MASTER_PORT", "1"),
     ):
         monkeypatch.setenv(name, value)
-    assert "search.workers=2 starts ranks of its own; set it to 1 under torchrun" in refused(*GRID, "search.workers=2")
+    assert "search.workers=2 starts ranks of its own, on this machine; set it to 1 under torchrun" in refused(
+        *GRID, "search.workers=2"
+    )

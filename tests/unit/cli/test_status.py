@@ -91,3 +91,21 @@ def test_printed_without_torch(run: Path, jobs: Path) -> None:
 def test_no_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["status", str(tmp_path)]) == 8
     assert f"{tmp_path} is not a run's folder (it has no resolved.yaml); give one" in capsys.readouterr().err
+
+
+def test_a_search_s_stages(run: Path) -> None:
+    for stage in ("search/L3-h64/prune", "search/result"):
+        (run / stage).mkdir(parents=True)
+        (run / stage / "meta.json").write_text(json.dumps({"seconds": 5, "finished": "2026-01-03", "digest": "d"}))
+    (run / "superseded" / "prune").mkdir(parents=True)
+    (run / "superseded" / "prune" / "meta.json").write_text("{}")
+    done = {row.stage for row in status_of(run) if row.state == "done"}
+    assert done == {"import", "prune", "search/L3-h64/prune", "search/result"}
+
+
+def test_a_configuration_of_another_version_is_one_line(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = run / "resolved.yaml"
+    file.write_text(file.read_text() + "no_such_key: 1\n")
+    assert main(["status", str(run)]) == 3
+    [line] = capsys.readouterr().err.splitlines()
+    assert "resolved.yaml was not written by this version of minitron" in line

@@ -88,7 +88,7 @@ def test_jobs_are_the_stages_with_what_they_wait_for() -> None:
         ("distill", ("distill", "eval_distilled"), ("prune",), two),
         ("baseline", ("baseline", "eval_baseline"), ("prune",), two),
         ("export", ("export",), ("distill",), one),
-        ("report", ("report",), ("eval_teacher", "eval_pruned", "baseline", "export"), one),
+        ("report", ("report",), ("eval_teacher", "verify", "eval_pruned", "baseline", "export"), one),
     ]
 
 
@@ -119,7 +119,7 @@ def test_dry_run_prints_every_script_and_writes_nothing(
         "distill.sbatch, after prune",
         "baseline.sbatch, after prune",
         "export.sbatch, after distill",
-        "report.sbatch, after eval_teacher, eval_pruned, baseline, export",
+        "report.sbatch, after eval_teacher, verify, eval_pruned, baseline, export",
     ]
     assert out.count("#!/bin/bash\n") == 10
 
@@ -194,7 +194,7 @@ def test_jobs_are_submitted_in_order(
 ) -> None:
     assert compress(*TWO, "baseline.enabled=false") == 0
     folder = tmp_path / "runs" / "tiny" / "jobs" / "001"
-    after = [[], [101], [101], [103], [104], [104], [104], [107], [102, 106, 108]]
+    after = [[], [101], [101], [103], [104], [104], [104], [107], [102, 105, 106, 108]]
     names = ["import", "eval_teacher", "score", "prune", "verify", "eval_pruned", "distill", "export", "report"]
     expected = []
     for name, jobs in zip(names, after, strict=True):

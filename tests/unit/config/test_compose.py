@@ -114,6 +114,11 @@ WRONG: list[tuple[str, list[str]]] = [
     ("teacher_logits.num_draws=0", ["teacher_logits.num_draws=0 must be between 1 and 65535"]),
     ("teacher_logits.top_p=nan", ["teacher_logits.top_p=nan must lie in (0, 1]"]),
     ("distill.teacher.cache=x", ["distill.teacher.cache=x is read by distill.teacher.source=cached only"]),
+    ("chain=[{name: a, prune: {hiden_size: 3}}]", ["chain: ", "Key 'hiden_size' not in 'PruneConfig'"]),
+    ("cluster.variables={A: 1}", ["cluster.variables: "]),
+    ("distill.train.weight_decay=inf", ["distill.train.weight_decay=inf must be at least 0, and finite"]),
+    ("distill.train.lr=inf", ["distill.train.min_lr=1e-05 must lie between 0 and distill.train.lr=inf, which must be"]),
+    ("name='a b'", ["name='a b' must be a plain folder name: letters, digits and ._+=-"]),
     ("source.kind=path", ["source.path is not set", "experiment=demo"]),
 ]
 

@@ -3,7 +3,9 @@
 import pytest
 
 from minitron.cli.planning import source_shape
+from minitron.cli.stages import stages_of
 from minitron.config.compose import compose_run
+from minitron.config.distill import TeacherSource
 from minitron.models.axes import num_embedding_parameters, num_parameters
 from minitron.plan.trainings import Plan, PlannedPass, plan_run
 
@@ -108,3 +110,26 @@ def test_intermediate_states_wait_on_the_stage_that_reads_them() -> None:
     fewer = _pass(_plan(*layout, "distill.teacher_microbatches=1"), "distill")
     assert fewer.memory[1].stash == plain.memory[1].stash / 4
     assert (plain.bubble, fewer.bubble) == (1 / 5, 1 / 2)
+
+
+CHAIN = "{name: a, prune: {num_layers: 3}, num_tokens: 0}, {name: b, prune: {num_layers: 2}, num_tokens: 768}"
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        [],
+        ["prune.scores=elsewhere"],
+        ["correction.enabled=true", "distill.teacher.source=cached"],
+        [f"chain=[{CHAIN}]"],
+        [f"chain=[{CHAIN.replace('num_tokens: 0', 'num_tokens: 1024')}]", "distill.teacher.source=cached"],
+    ],
+)
+def test_what_is_planned_is_what_runs(overrides: list[str]) -> None:
+    config = compose_run(["experiment=tiny", *overrides])
+    costly = ("correct", "score", "teacher_logits", "distill", "baseline")
+    run = [stage.name.removeprefix("steps/") for stage in stages_of(config)]
+    run = [name for name in run if name.rsplit("/", 1)[-1] in costly]
+    if config.distill.teacher.source is TeacherSource.online:
+        run = [name for name in run if not name.endswith("teacher_logits")]
+    assert sorted(item.stage for item in _plan("experiment=tiny", *overrides).passes) == sorted(run)

@@ -176,3 +176,13 @@ def test_a_finished_stage_in_a_subfolder_is_taken_up_again(tmp_path: Path) -> No
     shutil.rmtree(run.path / ".partial")
     assert content <= {path.name for path in run.begin(identity, resumable=True).iterdir()}
     assert not run.stage(identity.stage).exists()
+
+
+def test_a_folder_in_use_is_left_alone(tmp_path: Path) -> None:
+    run, again = RunFolder(tmp_path / "demo"), RunFolder(tmp_path / "demo")
+    with run.in_use(), pytest.raises(ArtefactError, match=r"demo is in use by another minitron; wait"), again.in_use():
+        pass
+    with run.in_use(shared=True), again.in_use(shared=True), pytest.raises(ArtefactError), again.in_use():
+        pass
+    with again.in_use():  # it ends with the block
+        pass

@@ -5,8 +5,9 @@ from dataclasses import replace
 import pytest
 
 from minitron.config.gpus import GPUS, Gpu
+from minitron.config.model import Architecture
 from minitron.config.search import ServingConfig, ServingDtype
-from minitron.search.roofline import roofline_ms
+from minitron.search.roofline import matrix_parameters, roofline_ms
 from tests.helpers.smollm2 import SMOLLM2_135M
 
 WEIGHTS = 134_515_008  # tied: the embedding is the output layer too
@@ -40,3 +41,17 @@ def test_ranks_divide_and_an_untied_embedding_is_only_looked_up() -> None:
 
 def test_every_gpu_has_its_peaks() -> None:
     assert set(GPUS) == set(Gpu)
+
+
+def test_experts_are_read_as_far_as_tokens_reach() -> None:
+    """8 of 2 a token: one new token reads 2 of them, a prompt of 3 tokens 6, and each token computes with 2."""
+    experts = replace(
+        SMOLLM2_135M, architecture=Architecture.qwen3_moe, ffn_hidden_size=96, num_moe_experts=8, moe_router_topk=2
+    )
+    expert, norms_and_router = 30 * 3 * 576 * 96, 30 * (2 * 64 + 8 * 576)  # two norms of 64 for queries and keys
+    others = WEIGHTS - 30 * 3 * 576 * 1536 + norms_and_router
+    assert matrix_parameters(experts) == others + 2 * expert
+    serving = ServingConfig(batch_size=1, prompt_tokens=3, new_tokens=1)
+    cache = 30 * 2 * 3 * 64 * 2
+    moved = 2 * (others + 6 * expert) + 2 * (others + 2 * expert) + cache * (3 + 4)
+    assert roofline_ms(experts, serving, Gpu.h100) == pytest.approx(1e3 * moved / 3.35e12, rel=1e-12)
