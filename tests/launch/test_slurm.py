@@ -39,7 +39,7 @@ def _wait_for_step(runs_dir: Path, step: int) -> None:
 
 def test_compress_as_jobs_over_two_nodes(cluster: SlurmCluster, unbroken: Unbroken, tmp_path: Path) -> None:
     jobs = _submit(cluster, "compress", tmp_path)
-    names = ["import", "eval_teacher", "score", "prune", "eval_pruned", "distill", "export", "report"]
+    names = ["import", "eval_teacher", "score", "prune", "verify", "eval_pruned", "distill", "export", "report"]
     assert list(jobs) == names
     ended = cluster.wait(list(jobs.values()), timeout_s=600)
     states = {name: (ended[job].state, ended[job].restarts) for name, job in jobs.items()}
