@@ -104,11 +104,10 @@ def test_a_failed_job_cancels_those_that_wait_for_it(cluster: SlurmCluster, unbr
     weights = next((folder / "prune" / "weights").glob("*.distcp"))
     weights.write_bytes(weights.read_bytes()[:100])
     jobs = _submit(cluster, "compress", tmp_path)
-    assert list(jobs) == ["distill", "export", "report"]
+    assert list(jobs) == ["distill", "export"]  # which takes report along: it waits for nothing else
     ended = cluster.wait(list(jobs.values()), timeout_s=200)
     assert [(ended[job].state, ended[job].restarts) for job in jobs.values()] == [
         ("FAILED", 0),
-        ("CANCELLED", 0),
         ("CANCELLED", 0),
     ]
     assert ended[jobs["distill"]].exit_code != "0:0"
