@@ -3,7 +3,6 @@
 What takes seconds to import is imported after the signal to stop is held back.
 """
 
-import contextlib
 import json
 import logging
 import sys
@@ -102,7 +101,6 @@ def run_rank(config: RunConfig, wanted: Sequence[str], env: DistEnv, *, outside:
     from rich.console import Console
 
     from minitron.cli.attempts import note_attempt, note_stop
-    from minitron.cli.search_stages import SEARCH, is_search
     from minitron.parallel.groups import model_parallel
     from minitron.pipeline import run_stages
     from minitron.runtime.artefact import RunFolder
@@ -114,13 +112,9 @@ def run_rank(config: RunConfig, wanted: Sequence[str], env: DistEnv, *, outside:
         check_num_ranks(env, config.parallel)
         device = resolve_device(config.device)
     run = RunFolder(Path(config.runs_dir) / config.name)
-    joined = model_parallel(config.parallel, seed=config.seed)
-    with process_group(env, device), joined as groups, in_turn(env), contextlib.ExitStack() as held:
+    with process_group(env, device), model_parallel(config.parallel, seed=config.seed) as groups, in_turn(env):
         check_transformer_engine(config, device)
         session = Session(config=config, run=run, groups=groups, device=device, console=Console(soft_wrap=True))
-        if session.is_main:
-            side_by_side = is_search(wanted) and list(wanted) != [SEARCH]
-            held.enter_context(run.in_use(shared=side_by_side))
         # Rank 0 plans: the others must not look while it moves folders.
         is_job = session.is_main and config.launch.kind is LaunchKind.slurm
         if is_job:

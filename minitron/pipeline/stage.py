@@ -191,20 +191,22 @@ def _run_stage(item: Planned, session: "Session") -> dict[str, Any]:
     started = time.monotonic()
     partial = session.run.path / PARTIAL_DIR / item.stage.name
     summary: dict[str, Any] = {}
+    alone = session.run.in_use(item.stage.name) if session.is_main else contextlib.nullcontext()
     try:
-        if session.is_main:
-            session.run.begin(item.identity, resumable=item.stage.resumable)
-        torch.distributed.barrier()
-        summary = item.stage.run(replace(session, digests=item.digests), partial)
-        torch.distributed.barrier()
-        if session.is_main:
-            session.run.finish(
-                item.identity,
-                summary=summary,
-                seconds=time.monotonic() - started,
-                environment=environment(),
-            )
-        torch.distributed.barrier()
+        with alone:
+            if session.is_main:
+                session.run.begin(item.identity, resumable=item.stage.resumable)
+            torch.distributed.barrier()
+            summary = item.stage.run(replace(session, digests=item.digests), partial)
+            torch.distributed.barrier()
+            if session.is_main:
+                session.run.finish(
+                    item.identity,
+                    summary=summary,
+                    seconds=time.monotonic() - started,
+                    environment=environment(),
+                )
+            torch.distributed.barrier()
     except MinitronError:
         raise
     except (Exception, CheckpointException) as error:  # the latter is a BaseException

@@ -34,7 +34,7 @@ META_FILE = "meta.json"
 PARTIAL_DIR = ".partial"
 """Folder of the stages that are not done, in the run's folder."""
 
-_LOCK_FILE = ".lock"
+_LOCKS_DIR = ".locks"
 
 
 @dataclass(frozen=True)
@@ -132,26 +132,28 @@ class RunFolder:
         return False, changed
 
     @contextmanager
-    def in_use(self, *, shared: bool = False) -> Iterator[None]:
-        """Keep other jobs out of the run's folder for the length of a block; the system lifts it when a process dies.
-
-        Args:
-            shared: Let others in that are shared as well.
+    def in_use(self, stage: str) -> Iterator[None]:
+        """Keep other jobs from a stage for the length of a block; the system lifts it when this process dies.
 
         Raises:
-            ArtefactError: Another job is at work.
+            ArtefactError: Another job is at work on it.
         """
-        self.path.mkdir(parents=True, exist_ok=True)
-        with (self.path / _LOCK_FILE).open("a") as file:
+        file = self.path / _LOCKS_DIR / stage.replace("/", "_")
+        try:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            lock = file.open("a")
+        except OSError as error:
+            raise storage_error(error, file) from error
+        with lock:
             try:
-                fcntl.flock(file, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError as error:
                 raise ArtefactError(
-                    f"{self.path} is in use by another minitron; wait until it has ended, or take another name="
+                    f"another minitron is at work on {self.stage(stage)}; wait for its end, or take another name="
                 ) from error
             except OSError as error:
                 if error.errno not in (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK):  # a file system without locks
-                    raise storage_error(error, self.path) from error
+                    raise storage_error(error, file) from error
             yield
 
     def begin(self, identity: StageIdentity, *, resumable: bool) -> Path:

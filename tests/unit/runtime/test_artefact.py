@@ -178,11 +178,15 @@ def test_a_finished_stage_in_a_subfolder_is_taken_up_again(tmp_path: Path) -> No
     assert not run.stage(identity.stage).exists()
 
 
-def test_a_folder_in_use_is_left_alone(tmp_path: Path) -> None:
+def test_a_stage_in_use_is_left_alone(tmp_path: Path) -> None:
     run, again = RunFolder(tmp_path / "demo"), RunFolder(tmp_path / "demo")
-    with run.in_use(), pytest.raises(ArtefactError, match=r"demo is in use by another minitron; wait"), again.in_use():
-        pass
-    with run.in_use(shared=True), again.in_use(shared=True), pytest.raises(ArtefactError), again.in_use():
-        pass
-    with again.in_use():  # it ends with the block
+    with run.in_use("steps/a/prune"):
+        with again.in_use("steps/b/prune"):
+            pass
+        with (
+            pytest.raises(ArtefactError, match=r"at work on .*demo/steps/a/prune; wait"),
+            again.in_use("steps/a/prune"),
+        ):
+            pass
+    with again.in_use("steps/a/prune"):  # it ends with the block
         pass
