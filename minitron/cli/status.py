@@ -11,7 +11,8 @@ from rich.table import Table
 from minitron.config.compose import load_resolved
 from minitron.config.run import RunConfig
 from minitron.config.trainings import TRAININGS, in_step, settings_of
-from minitron.errors import ArtefactError
+from minitron.errors import ArtefactError, PlatformError
+from minitron.log import complain
 from minitron.runtime.artefact import META_FILE, PARTIAL_DIR, RESOLVED_FILE
 from minitron.runtime.slurm import JobState, job_states, read_jobs
 from minitron.runtime.tracking import read_metrics
@@ -74,7 +75,11 @@ def status_of(run: Path) -> list[StageStatus]:
         raise ArtefactError(f"{run} is not a run's folder (it has no {file.name}); give one, such as runs/demo")
     config = load_resolved(file)
     jobs = {stage: number for number, _, stages in read_jobs(run) for stage in stages}
-    states = job_states(sorted(set(jobs.values())))
+    try:
+        states = job_states(sorted(set(jobs.values())))
+    except PlatformError as error:  # the folder has more to say
+        complain(f"{error}; what follows is from the folder alone")
+        states = {}
     metas = {path.parent.relative_to(run).as_posix(): _read(path) for path in _metas(run)}
     begun = [path.parent.relative_to(run / PARTIAL_DIR).as_posix() for path in (run / PARTIAL_DIR).rglob("digest")]
     finished = sorted(metas, key=lambda stage: str(metas[stage].get("finished", "")))

@@ -205,7 +205,8 @@ def job_states(jobs: Sequence[int]) -> dict[int, JobState]:
     form = ["--noheader", "--states=all", "--format=%i|%T|%L|%r"]
     done = _client(["squeue", *form, f"--jobs={','.join(map(str, jobs))}"])
     if done.returncode and "Invalid job id" not in done.stderr:  # what it says of a single job that it has forgotten
-        raise PlatformError(f"squeue does not answer: {done.stderr.strip()}; try again")
+        reason = done.stderr.strip().split("\n")[-1]
+        raise PlatformError(f"SLURM does not answer ({reason}); try again")
     states = {}
     for line in done.stdout.splitlines():
         job, state, left, reason = line.split("|", 3)

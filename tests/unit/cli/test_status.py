@@ -10,7 +10,10 @@ import pytest
 
 from minitron.cli.main import main
 from minitron.cli.status import StageStatus, status_of
+from minitron.cli.submit import refuse_while_running
 from minitron.config.compose import compose_run, to_yaml
+from minitron.errors import PlatformError
+from minitron.runtime.artefact import RunFolder
 
 TINY = ["experiment=tiny", "distill.train.num_tokens=25600"]  # 100 steps of 8 x 32 tokens
 
@@ -66,6 +69,14 @@ def test_without_slurm(run: Path) -> None:
         StageStatus("prune", "done", seconds=75.0),
         StageStatus("distill", "begun", step=40, num_steps=100, loss=2.5, seconds=12.0),
     ]
+
+
+def test_slurm_that_does_not_answer(run: Path, jobs: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (jobs / "squeue").write_text("#!/bin/sh\necho 'squeue: error: slurm_load_jobs: Unable to contact' >&2; exit 1\n")
+    assert {row.stage: row.state for row in status_of(run)}["distill"] == "begun"
+    assert "SLURM does not answer (squeue: error: slurm_load_jobs: Unable to contact)" in capsys.readouterr().err
+    with pytest.raises(PlatformError, match="try again"):  # a second set of jobs is not handed in on a guess
+        refuse_while_running(RunFolder(run))
 
 
 def test_a_failed_job(run: Path, jobs: Path) -> None:
