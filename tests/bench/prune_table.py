@@ -50,12 +50,12 @@ BASE = [
     "name=prune-table",
     "parallel.pipeline_model_parallel_size=1",
     "score=all_aggregations",
-    "score.num_samples=64",
+    "score.num_samples=512",
     "eval.num_tokens=8192",
     "report.sample_tokens=0",
 ]
 SLICED = ReconstructConfig(enabled=False)
-NUM_SAMPLES = (16, 32, 64, 256)
+NUM_SAMPLES = (64, 512, 16)
 """Sequences to fit on."""
 
 
