@@ -1,6 +1,5 @@
 """`minitron plan`: what a run will need, from its configuration and the shape of its models. Needs no GPU."""
 
-import json
 from pathlib import Path
 
 from rich.console import Console
@@ -8,7 +7,7 @@ from rich.console import Console
 from minitron.cli.plan_table import print_plan
 from minitron.config.model import ModelConfig
 from minitron.config.run import RunConfig, SourceKind
-from minitron.errors import ConfigError, ModelError
+from minitron.errors import ConfigError
 from minitron.plan.trainings import plan_run
 from minitron.prune.given import target_of
 
@@ -49,13 +48,9 @@ def source_shape(config: RunConfig) -> tuple[ModelConfig, str]:
         return random_model(source.random), "a random model"
     path = Path(source.path or "")
     if (path / "config.json").is_file():
-        from minitron.models.hf_config import model_from_hf_config
+        from minitron.models.hf_config import model_from_hf_config, read_json
 
-        try:
-            values = json.loads((path / "config.json").read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise ModelError(f"{path / 'config.json'} cannot be read: {error}") from error
-        found = model_from_hf_config(values)
+        found = model_from_hf_config(read_json(path / "config.json"))
     elif path.is_file():
         from minitron.models.hf_import import inspect_source
 

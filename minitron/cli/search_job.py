@@ -63,7 +63,6 @@ def run_search(
         run_rank(config, [SEARCH], env)
     else:
         outside = outside_hashes(stages_of(config), config)
-        code = 0
         if not _is_done(config, run, outside):
             resolved = write_resolved(run, config)
             ranks = f"{config.parallel.arithmetic()} ranks"
@@ -71,10 +70,8 @@ def run_search(
             console.print(f"[bold]{config.name}[/]: {ranks}{workers}, artefacts in {run.path}/")
             run_all = _run_in_one if config.search.workers == 1 else _run_side_by_side
             code = run_all(config, run, resolved, outside)
-        if code:
-            return code
-        if not _is_done(config, run, outside):
-            return StoppedError.exit_code  # rank 0 has said where
+            if code or not _is_done(config, run, outside):
+                return code or StoppedError.exit_code  # rank 0 has said where it stopped
     if is_main:
         print_search(read_search(run.stage(RESULT)), run.stage(RESULT), console)
     return 0

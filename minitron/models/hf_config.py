@@ -7,6 +7,7 @@ compute (biases, other activations, other rotary scalings, quantised weights) is
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
 from minitron.config.model import Architecture, ModelConfig, RopeScaling
@@ -104,6 +105,21 @@ _FAMILIES = {
         refused=_BIASES | _QWEN_WINDOW | {"mlp_only_layers": "layers without experts among those with"},
     ),
 }
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """Read a JSON object.
+
+    Raises:
+        ModelError: The file is not one.
+    """
+    try:
+        values = json.loads(file.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError, OSError) as error:
+        raise ModelError(f"{file} cannot be read: {error}") from error
+    if not isinstance(values, dict):
+        raise ModelError(f"{file} is not a JSON object")
+    return values
 
 
 def model_from_hf_config(config: Mapping[str, Any]) -> ModelConfig:

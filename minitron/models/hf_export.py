@@ -19,9 +19,9 @@ from minitron.checkpoint.store import CheckpointReader
 from minitron.config.model import ModelConfig
 from minitron.errors import ArtefactError, CheckpointError
 from minitron.models.axes import Dim, ParamAxes, global_shape, layer_shape, params_of, part_rows
-from minitron.models.hf_config import to_hf_config
+from minitron.models.hf_config import read_json, to_hf_config
 from minitron.models.hf_names import HfTensor, hf_tensors
-from minitron.models.hf_source import INDEX_FILE, SINGLE_FILE, read_json
+from minitron.models.hf_source import INDEX_FILE, SINGLE_FILE
 
 Progress = Callable[[int, int], None]
 

@@ -15,7 +15,7 @@ from transformers import AutoConfig, AutoTokenizer
 from minitron.checkpoint.format import disk_errors
 from minitron.config.model import ModelConfig
 from minitron.errors import ModelError
-from minitron.models.hf_config import HfConfig, model_from_hf_config, model_type_of
+from minitron.models.hf_config import HfConfig, model_from_hf_config, model_type_of, read_json
 from minitron.models.origin import Origin, origin_of_folder
 
 INDEX_FILE = "model.safetensors.index.json"
@@ -168,21 +168,6 @@ def token_ids(folder: Path) -> dict[str, int]:
         return ids
     except Exception as error:  # transformers raises whatever the tokenizer's backend does
         raise ModelError(f"{folder}: the tokenizer cannot be loaded: {_one_line(error)}") from error
-
-
-def read_json(file: Path) -> dict[str, Any]:
-    """Read a JSON object.
-
-    Raises:
-        ModelError: The file is not one.
-    """
-    try:
-        values = json.loads(file.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError, OSError) as error:
-        raise ModelError(f"{file} cannot be read: {error}") from error
-    if not isinstance(values, dict):
-        raise ModelError(f"{file} is not a JSON object")
-    return values
 
 
 def _read_model(path: Path, config: HfConfig) -> ModelConfig:

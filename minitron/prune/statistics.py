@@ -9,7 +9,6 @@ Sums are float64, norms over a token's channels are at least fp32: what rounding
 On a CPU that is cheap as long as a chunk of tokens stays in the cache between one step and the next.
 """
 
-import functools
 from collections.abc import Sequence
 
 import numpy as np
@@ -41,9 +40,12 @@ def reduce_sequence(
     """
     length, width = len(activation_SBX), activation_SBX.shape[-1] // (per_head or 1)
     absolute = signed = squares = torch.zeros((), dtype=torch.float64)
+    scratch_CBX: Tensor | None = None
     for chunk in _chunks(activation_SBX):
         values = chunk if per_head is None else _norms(chunk.unflatten(-1, (width, per_head)))
-        wide = _workspace(values, torch.float64)
+        if scratch_CBX is None:  # the first chunk is the longest
+            scratch_CBX = torch.empty_like(values, dtype=torch.float64)
+        wide = scratch_CBX[: len(values)]
         if Reduction.mean in reductions:
             absolute = absolute + wide.copy_(values).abs_().sum(dim=0)
         if Reduction.var in reductions:
@@ -81,27 +83,11 @@ def cosine_distance(before_SBH: Tensor, after_SBH: Tensor) -> Tensor:
     """
     distance_B = torch.zeros(before_SBH.shape[1], dtype=torch.float64, device=before_SBH.device)
     for before, after in zip(_chunks(before_SBH), _chunks(after_SBH), strict=True):
-        dtype = _working_dtype(after)
-        from_SBH = _workspace(before, dtype, place=0).copy_(before)
-        to_SBH = _workspace(after, dtype, place=1).copy_(after)
-        before_CB, after_CB = _norms(from_SBH).double(), _norms(to_SBH).double()
-        step_CB = _norms(to_SBH.sub_(from_SBH)).double()
+        before, after = before.to(_working_dtype(before)), after.to(_working_dtype(after))
+        before_CB, after_CB, step_CB = (_norms(x).double() for x in (before, after, after - before))
         product_CB = (2 * before_CB * after_CB).clamp_min(torch.finfo(torch.float64).tiny)
         distance_B += ((step_CB.square() - (after_CB - before_CB).square()) / product_CB).sum(dim=0)
     return distance_B
-
-
-@functools.cache
-def _memory(dtype: torch.dtype, _place: int) -> Tensor:
-    return torch.empty(_CHUNK_ELEMENTS["cpu"], dtype=dtype)
-
-
-def _workspace(like: Tensor, dtype: torch.dtype, *, place: int = 0) -> Tensor:
-    """Memory of a chunk's shape; on a CPU it is kept, for fresh pages would take longer than the arithmetic in them."""
-    numel = like.numel()
-    if like.device.type != "cpu" or numel > _CHUNK_ELEMENTS["cpu"]:
-        return torch.empty_like(like, dtype=dtype)
-    return _memory(dtype, place)[:numel].view(like.shape)
 
 
 def _chunks(activation_SBX: Tensor) -> Sequence[Tensor]:
@@ -112,11 +98,8 @@ def _chunks(activation_SBX: Tensor) -> Sequence[Tensor]:
 
 
 def _norms(values: Tensor) -> Tensor:
-    """L2 norms over the last dimension, in fp32 or better; the workspace of that type is used."""
-    dtype = _working_dtype(values)
-    if values.dtype is not dtype:
-        values = _workspace(values, dtype).copy_(values)
-    norms: Tensor = torch.linalg.vector_norm(values, dim=-1)
+    """L2 norms over the last dimension, in fp32 or better."""
+    norms: Tensor = torch.linalg.vector_norm(values.to(_working_dtype(values)), dim=-1)
     return norms
 
 

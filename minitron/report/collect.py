@@ -255,17 +255,20 @@ def _cost(
     distill: TrainingCurve,
     baseline: TrainingCurve | None,
 ) -> Cost:
-    student, teacher = num_active_parameters(shapes[Role.distilled]), teacher_parameters(metas["distill"])
+    student, source = (num_active_parameters(shapes[role]) for role in (Role.distilled, Role.teacher))
+    teacher = teacher_parameters(metas["distill"])
     corrected = read_curve(run.stage("correct")).tokens[-1] if "correct" in metas else 0
     control = num_active_parameters(shapes[Role.baseline]) if baseline else 0
     tokens = distill.tokens[-1]
     return Cost(
         tokens=tokens,
+        student_parameters=student,
         student_flops=training_flops(student, tokens),
         teacher_parameters=teacher,
         teacher_flops=forward_flops(teacher, tokens),
         correction_tokens=corrected,
-        correction_flops=training_flops(num_active_parameters(shapes[Role.teacher]), corrected),
+        source_parameters=source,
+        correction_flops=training_flops(source, corrected),
         baseline_tokens=baseline.tokens[-1] if baseline else None,
         baseline_flops=training_flops(control, baseline.tokens[-1]) if baseline else None,
     )

@@ -10,7 +10,7 @@ from minitron.config.model import ModelConfig
 from minitron.data.summary import SplitSummary
 from minitron.errors import ArtefactError
 
-FORMAT = 1
+FORMAT = 2
 JSON_FILE = "report.json"
 HTML_FILE = "report.html"
 
@@ -128,21 +128,25 @@ class Cost:
 
     Attributes:
         tokens: Tokens D the student was distilled on.
-        student_flops: 6 N D, forward and backward of the student's N parameters.
+        student_parameters: N of the student that a token is computed with.
+        student_flops: 6 N D, forward and backward of the student.
         teacher_parameters: N_t of the teacher that ran beside the student; 0 where a cache was read, whose making
             is not counted.
         teacher_flops: 2 N_t D, forward of the teacher.
         correction_tokens: Tokens D_c the teacher was corrected on; 0 without correction.
-        correction_flops: 6 N D_c, forward and backward of the corrected model's N parameters.
+        source_parameters: N_0 of the unpruned model, that a token is computed with.
+        correction_flops: 6 N_0 D_c, forward and backward of the corrected model.
         baseline_tokens: Tokens of the random-init control, None without it.
         baseline_flops: 6 N D of the control, None without it.
     """
 
     tokens: int
+    student_parameters: int
     student_flops: float
     teacher_parameters: int
     teacher_flops: float
     correction_tokens: int
+    source_parameters: int
     correction_flops: float
     baseline_tokens: int | None
     baseline_flops: float | None

@@ -55,7 +55,7 @@ BASE = [
     "report.sample_tokens=0",
 ]
 SLICED = ReconstructConfig(enabled=False)
-NUM_SAMPLES = (64, 512, 16)
+NUM_SAMPLES = (16, 32, 64, 512)
 """Sequences to fit on."""
 
 

@@ -12,6 +12,8 @@ import pytest
 from minitron.runtime.tracking import read_metrics
 from tests.helpers.line import LINE
 
+pytestmark = pytest.mark.timeout(900)  # several commands a test, each with a limit of its own
+
 REPOSITORY = Path(__file__).resolve().parents[2]
 CACHED = "distill.teacher.source=cached"
 NOT_NEEDED = ["baseline.enabled=false", "eval.num_tokens=256", "score.num_samples=4"]

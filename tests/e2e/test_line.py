@@ -19,6 +19,8 @@ from minitron.runtime.tracking import read_metrics
 from tests.helpers.line import LINE
 from tests.helpers.processes import kill_tree
 
+pytestmark = pytest.mark.timeout(900)  # several commands a test, each with a limit of its own
+
 REPOSITORY = Path(__file__).resolve().parents[2]
 TWO_STAGES = "parallel.pipeline_model_parallel_size=2"
 AFTER_TOKENS = {"distill", "eval_distilled", "baseline", "eval_baseline", "export", "report"}

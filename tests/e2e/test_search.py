@@ -21,6 +21,8 @@ from minitron.runtime.tracking import read_metrics
 from minitron.search.rank import rank_correlation
 from tests.helpers.processes import kill_tree
 
+pytestmark = pytest.mark.timeout(900)  # several commands a test, each with a limit of its own
+
 REPOSITORY = Path(__file__).resolve().parents[2]
 SEARCH = [
     "search.grid.num_layers=[3,4]",

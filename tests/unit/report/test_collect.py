@@ -31,6 +31,7 @@ def test_cost_is_6nd_and_2nd(tmp_path: Path) -> None:
     assert cost.tokens == cost.baseline_tokens == syn.NUM_TOKENS
     assert cost.student_flops == cost.baseline_flops == 6 * syn.TARGET_PARAMETERS * syn.NUM_TOKENS
     assert cost.teacher_flops == 2 * syn.SOURCE_PARAMETERS * syn.NUM_TOKENS
+    assert (cost.student_parameters, cost.source_parameters) == (syn.TARGET_PARAMETERS, syn.SOURCE_PARAMETERS)
 
 
 def test_cost_from_a_cache_has_no_teachers_forward(tmp_path: Path) -> None:
