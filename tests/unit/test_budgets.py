@@ -11,6 +11,7 @@ import re
 import tokenize
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from fnmatch import fnmatch
 from pathlib import Path
 
 import pytest
@@ -222,3 +223,12 @@ def test_sources_keep(rule: str) -> None:
     assert any(source.path == "minitron/__init__.py" for source in sources)
     findings = [finding for source in sources for finding in RULES[rule](source)]
     assert not findings, "\n" + "\n".join(findings)
+
+
+def test_no_folder_of_tests_has_a_name_that_pytest_passes_over(pytestconfig: pytest.Config) -> None:
+    """Such as `dist`: its tests would not run, and nothing would say so."""
+    folders = {part for path in (ROOT / "tests").rglob("test_*.py") for part in path.relative_to(ROOT).parts[:-1]}
+    passed_over = {
+        name for name in folders for pattern in pytestconfig.getini("norecursedirs") if fnmatch(name, pattern)
+    }
+    assert not passed_over

@@ -6,15 +6,20 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from minitron.models.hf_export import export_model
-from tests.dist import workers
-from tests.dist.reference import dense_logits, layout, make_model, random_tokens
 from tests.helpers.pool import WorkerPool
+from tests.parallel import workers
+from tests.parallel.reference import dense_logits, layout, make_model, random_tokens
 
 TOKENS_BS = random_tokens(2, 48, seed=3)
 SMOLLM_TOKENS_BS = random_tokens(2, 32, seed=4, vocab_size=49152)
+PROSE = [
+    "A language model is made smaller by taking away the layers and channels it needs least, and is trained again.",
+    "The river rises in the hills north of the town. In spring, when the snow melts, its water is high and brown.",
+]
+"""On ids drawn at random transformers' own fp32 is up to 2e-4 from its fp64; on text a model was made for, 5e-5."""
 LLAMA3 = {
     "rope_type": "llama3",
     "rope_theta": 500000.0,
@@ -45,10 +50,16 @@ def exported(smollm: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def smollm_logits(exported: Path) -> Tensor:
+def prose_BS(exported: Path) -> Tensor:
+    tokenizer = AutoTokenizer.from_pretrained(exported)
+    return torch.tensor([tokenizer(text)["input_ids"][:20] for text in PROSE])
+
+
+@pytest.fixture(scope="module")
+def prose_logits(exported: Path, prose_BS: Tensor) -> Tensor:
     model = AutoModelForCausalLM.from_pretrained(exported, dtype=torch.float32).eval()
     with torch.no_grad():
-        return model(SMOLLM_TOKENS_BS, use_cache=False).logits
+        return model(prose_BS, use_cache=False).logits
 
 
 @pytest.fixture(scope="module")
@@ -58,13 +69,12 @@ def smollm_logits_fp64(exported: Path) -> Tensor:
 
 @pytest.mark.parametrize("axes", [(1, 1, 1), (1, 2, 1), (1, 3, 1), (3, 1, 1)])
 def test_smollm_has_transformers_logits(
-    pool: WorkerPool, smollm: Path, smollm_logits: Tensor, axes: tuple[int, int, int]
+    pool: WorkerPool, smollm: Path, prose_BS: Tensor, prose_logits: Tensor, axes: tuple[int, int, int]
 ) -> None:
-    results = pool.run(workers.logits, math.prod(axes), smollm, layout(*axes), SMOLLM_TOKENS_BS)
+    results = pool.run(workers.logits, math.prod(axes), smollm, layout(*axes), prose_BS)
     for logits, _ in results:
-        # The logits reach 31, and transformers' own fp32 is up to 2e-4 from its fp64.
-        assert float((logits - smollm_logits).abs().max()) < 1e-5 * float(smollm_logits.abs().max())
-        assert float((logits - smollm_logits).pow(2).mean().sqrt()) < 5e-5
+        assert float((logits - prose_logits).abs().max()) < 1e-4
+        assert float((logits - prose_logits).pow(2).mean().sqrt()) < 2e-5
 
 
 @pytest.mark.parametrize("axes", [(1, 2, 1), (3, 1, 1)])

@@ -12,11 +12,11 @@ from torch import Tensor
 from minitron.checkpoint.folder import read_model_config
 from minitron.checkpoint.model_io import load_model, save_model
 from minitron.compat.cpu import CPU_LAYER
+from minitron.config.distill import DistillConfig
 from minitron.config.parallel import ParallelConfig
 from minitron.config.precision import PrecisionConfig
 from minitron.config.run import Device
 from minitron.config.train import TrainConfig
-from minitron.config.distill import DistillConfig
 from minitron.data.batch import NO_SAMPLE, Batch
 from minitron.distill.objective import Distillation
 from minitron.distill.teacher import OnlineTeacher, freeze
@@ -148,8 +148,7 @@ def microbatches(tokens_GT: Tensor, groups: Groups, *, size: int = 1) -> list[Ba
             position_ids_BS=torch.arange(length).repeat(size, 1),
             loss_mask_BS=mask_G[first : first + size, None].expand(-1, length).contiguous(),
             sample_index_B=torch.full((size,), NO_SAMPLE),
-        )
-        .on_rank(groups, torch.device("cpu"))
+        ).on_rank(groups, torch.device("cpu"))
         for first in range(groups.dp_rank * size, len(tokens_GT), size * ranks)
     ]
 

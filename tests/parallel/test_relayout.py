@@ -10,10 +10,10 @@ import torch
 from minitron.config.parallel import ParallelConfig, RecomputeGranularity, RecomputeMethod
 from minitron.config.precision import Dtype
 from minitron.distill.relayout import Dealing, Move, plan_moves
-from tests.dist import relayout_workers as workers
-from tests.dist.reference import dense_kl, layout, make_model, random_tokens
-from tests.dist.relayout_workers import Own
 from tests.helpers.pool import WorkerPool
+from tests.parallel import relayout_workers as workers
+from tests.parallel.reference import dense_kl, layout, make_model, random_tokens
+from tests.parallel.relayout_workers import Own
 
 TOKENS_GT = random_tokens(1, 8, 17)[0]
 
@@ -139,7 +139,9 @@ def test_moves_of_a_case_worked_by_hand() -> None:
         (Dealing(2, [[0], [1], [2], [3]]), Dealing(4, [[4, 5, 6, 7]])),
     ],
 )
-def test_every_reader_gets_each_of_its_sequences_once_from_a_rank_that_has_it(teacher: Dealing, student: Dealing) -> None:
+def test_every_reader_gets_each_of_its_sequences_once_from_a_rank_that_has_it(
+    teacher: Dealing, student: Dealing
+) -> None:
     moves = plan_moves(24, teacher, student)
     assert len({(move.source, move.target) for move in moves}) == len(moves)
     for dp_rank, readers in enumerate(student.last_stage_DT):

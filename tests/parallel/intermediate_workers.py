@@ -21,8 +21,8 @@ from minitron.train.loop import mean_terms
 from minitron.train.optim import Trainable, make_trainable
 from minitron.train.state import load_state, save_state
 from minitron.train.step import accumulate_gradients, train_step
-from tests.dist import workers
-from tests.dist.workers import Work, microbatches
+from tests.parallel import workers
+from tests.parallel.workers import Work, microbatches
 
 SEED = 5
 """Of the projection."""
@@ -108,7 +108,5 @@ def _distillation(work: Work, config: IntermediateConfig) -> Iterator[tuple[Trai
         ) as (states, losses):
             trainable = make_trainable(student, train, work.parallel, groups, seq_length=length - 1)
             source, split = OnlineTeacher(teacher, states), work.parallel.sequence_parallel
-            objective = Distillation(
-                source, models[1].vocab_size, groups, split, DistillConfig(), intermediate=losses
-            )
+            objective = Distillation(source, models[1].vocab_size, groups, split, DistillConfig(), intermediate=losses)
             yield trainable, objective, groups

@@ -17,10 +17,10 @@ from minitron.models.hf_export import export_model
 from minitron.prune.ranking import choose
 from minitron.prune.scores import random_scores
 from minitron.prune.slicer import apply_spec
-from tests.dist import workers
-from tests.dist.reference import dense_kl, dense_logits, hf_tensors, layout, make_model, random_tokens
 from tests.helpers.hf_experts import per_expert
 from tests.helpers.pool import WorkerPool
+from tests.parallel import workers
+from tests.parallel.reference import dense_kl, dense_logits, hf_tensors, layout, make_model, random_tokens
 
 TOKENS_BS = random_tokens(2, 24, seed=3)
 FAMILIES: dict[str, dict[str, Any]] = {

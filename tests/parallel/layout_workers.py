@@ -8,12 +8,12 @@ from typing import Any
 from unittest import mock
 
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
-from minitron.train.loop import mean_terms
-from tests.dist.workers import Step, Work, distill, distillation, in_layout, microbatches
 
 from minitron.train import optim
+from minitron.train.loop import mean_terms
 from minitron.train.optim import Trainable
 from minitron.train.step import train_step
+from tests.parallel.workers import Step, Work, distill, distillation, in_layout, microbatches
 
 
 def distill_each(works: Sequence[Work]) -> list[list[Step]]:

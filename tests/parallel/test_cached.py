@@ -23,9 +23,9 @@ from minitron.distill.cache_write import planned_size, write_teacher_logits
 from minitron.distill.cached import CachedTeacher
 from minitron.errors import ArtefactError, ModelError
 from minitron.losses import SparseTarget, linear_sparse_kl
-from tests.dist.cached_workers import Job, distill_steps, write_cache
-from tests.dist.reference import VOCAB_SIZE, dense_logits, layout, make_model
 from tests.helpers.pool import PoolError, WorkerPool
+from tests.parallel.cached_workers import Job, distill_steps, write_cache
+from tests.parallel.reference import VOCAB_SIZE, dense_logits, layout, make_model
 
 S, GLOBAL_BATCH, STEPS = 16, 8, 3
 WRITTEN = {
@@ -138,9 +138,7 @@ def test_size_is_what_is_said(pool: WorkerPool, job: Job, caches: dict[str, Logi
     assert LogitCache(top_k_cache).num_bytes - table == tokens * (4 + 1 + 6 * (2 + 2))
 
 
-def assert_same_steps(
-    found: list[dict[str, float]], expected: list[dict[str, float]], *, later: float = 2e-5
-) -> None:
+def assert_same_steps(found: list[dict[str, float]], expected: list[dict[str, float]], *, later: float = 2e-5) -> None:
     """``later``: tolerance once Adam has divided small gradients, rounding included, by their own size."""
     assert [record["step"] for record in found] == [1, 2, 3]
     for key in ("loss", "forward_kl", "grad_norm"):
@@ -180,9 +178,7 @@ def more_rows(job: Job, tmp_path_factory: pytest.TempPathFactory) -> Job:
     return replace(job, student=student / "checkpoint", data=root / "data")
 
 
-def test_teacher_and_student_are_compared_on_the_ids_of_both(
-    pool: WorkerPool, more_rows: Job, tmp_path: Path
-) -> None:
+def test_teacher_and_student_are_compared_on_the_ids_of_both(pool: WorkerPool, more_rows: Job, tmp_path: Path) -> None:
     """The steps are the online teacher's, alone and in an interleaved pipeline."""
     top_k = {"top_k": 6, "top_k_rest": TopKRest.ghost}
     online = with_settings(more_rows, source=TeacherSource.online, loss=top_k)
@@ -291,9 +287,7 @@ def test_a_longer_run_adds_what_is_missing(pool: WorkerPool, job: Job, tmp_path:
     assert LogitCache(folder).samples.tolist() == list(range(reader.samples_per_epoch))
 
 
-def test_a_killed_writer_goes_on(
-    pool: WorkerPool, job: Job, caches: dict[str, LogitCache], tmp_path: Path
-) -> None:
+def test_a_killed_writer_goes_on(pool: WorkerPool, job: Job, caches: dict[str, LogitCache], tmp_path: Path) -> None:
     folder = tmp_path / "cache"
     assert pool.run(write_cache, 1, job, layout(), folder, stop_after=1) == [{"shards": 1}]
     half = LogitCache(folder)
@@ -350,4 +344,3 @@ def test_foreign_caches_are_refused(pool: WorkerPool, job: Job, caches: dict[str
     other = with_settings(job, logits={"num_draws": 20})
     with pytest.raises(PoolError, match=r"ArtefactError: .*parameters is .*50.* there and .*20.* here"):
         pool.run(write_cache, 1, other, layout(), folder)
-

@@ -13,11 +13,11 @@ from minitron.checkpoint.store import CheckpointReader
 from minitron.config.intermediate import HiddenLoss, IntermediateConfig
 from minitron.config.mixing import Mixing
 from minitron.config.parallel import ParallelConfig
-from tests.dist import intermediate_workers as ours
-from tests.dist import workers
-from tests.dist.intermediate_reference import Dense, Pairs, dense_step
-from tests.dist.reference import hf_tensors, layout, make_model, random_tokens
 from tests.helpers.pool import WorkerPool
+from tests.parallel import intermediate_workers as ours
+from tests.parallel import workers
+from tests.parallel.intermediate_reference import Dense, Pairs, dense_step
+from tests.parallel.reference import hf_tensors, layout, make_model, random_tokens
 
 TOKENS_NGT = random_tokens(4, 4, 17, seed=3)
 
@@ -42,9 +42,7 @@ FIXED = IntermediateConfig(**NAMES, relation_heads=4, loss=HiddenLoss.mse, mixin
 def narrow(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A student of fewer layers, channels and heads than the teacher."""
     shape = {"num_hidden_layers": 3, "hidden_size": 48, "intermediate_size": 96}
-    return make_model(
-        tmp_path_factory.mktemp("narrow"), seed=1, num_attention_heads=4, num_key_value_heads=2, **shape
-    )
+    return make_model(tmp_path_factory.mktemp("narrow"), seed=1, num_attention_heads=4, num_key_value_heads=2, **shape)
 
 
 @pytest.fixture(scope="module")
@@ -209,13 +207,9 @@ def test_a_projection_that_one_stage_alone_uses_stays_the_same_on_both(
         assert have == pytest.approx(want, rel=1e-5)
 
 
-def test_rows_that_fill_up_a_batch_do_not_count(
-    pool: WorkerPool, teacher: Path, narrow: Path, tmp_path: Path
-) -> None:
+def test_rows_that_fill_up_a_batch_do_not_count(pool: WorkerPool, teacher: Path, narrow: Path, tmp_path: Path) -> None:
     three = work(teacher, narrow)
-    three = workers.Work(
-        teacher=three.teacher, student=three.student, parallel=layout(), tokens_NGT=TOKENS_NGT[:, :3]
-    )
+    three = workers.Work(teacher=three.teacher, student=three.student, parallel=layout(), tokens_NGT=TOKENS_NGT[:, :3])
     filled = pool.run(ours.first_gradients, 1, three, SCALED, tmp_path / "a", micro_batch_size=4)[0]
     whole = pool.run(ours.first_gradients, 1, three, SCALED, tmp_path / "b", micro_batch_size=3)[0]
     assert filled.terms == pytest.approx(whole.terms, rel=1e-6)

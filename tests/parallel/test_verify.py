@@ -20,9 +20,9 @@ from minitron.prune.run import SPEC_FILE
 from minitron.prune.scores import random_scores
 from minitron.prune.slicer import apply_spec
 from minitron.prune.spec import PruneSpec
-from tests.dist.reference import VOCAB_SIZE, layout
-from tests.dist.verify_workers import verified
 from tests.helpers.pool import PoolError, WorkerPool
+from tests.parallel.reference import VOCAB_SIZE, layout
+from tests.parallel.verify_workers import verified
 
 ALL_AXES = {
     "num_layers": 3,
@@ -85,7 +85,9 @@ def test_a_wrong_unit_is_found(pool: WorkerPool, run: tuple[RunConfig, Path], tm
     if axis == "num_query_groups":
         sizes["num_attention_heads"] = 4
     folder = pruned(base, tmp_path / "run", spec_of(base, **sizes), spec_of(base, seed=1, **sizes))
-    with pytest.raises(PoolError, match=r"NumericsError: verify: .* differ from the masked teacher's by .*; prune again"):
+    with pytest.raises(
+        PoolError, match=r"NumericsError: verify: .* differ from the masked teacher's by .*; prune again"
+    ):
         pool.run(verified, 1, config, folder, layout())
 
 

@@ -8,9 +8,9 @@ import pytest
 from minitron.checkpoint.folder import WEIGHTS_DIR, read_model_config
 from minitron.checkpoint.store import CheckpointReader
 from minitron.config.parallel import ParallelConfig, RecomputeGranularity, RecomputeMethod, layers_per_stage
-from tests.dist import layout_workers, workers
-from tests.dist.reference import dense_kl, hf_tensors, make_model, random_tokens
 from tests.helpers.pool import WorkerPool
+from tests.parallel import layout_workers, workers
+from tests.parallel.reference import dense_kl, hf_tensors, make_model, random_tokens
 
 TOKENS_NGT = random_tokens(2, 4, 17, seed=3)
 LAYERS = 6
@@ -226,9 +226,7 @@ def test_another_layout_goes_on_with_the_state(
 
 def test_gradients_in_many_blocks(pool: WorkerPool, teacher: Path, deep: Path, tmp_path: Path) -> None:
     """Models of more than 40M parameters have several; a saved state must put each one's moments where they belong."""
-    of_one, of_two = (
-        replace(work(teacher, deep, of), tokens_NGT=RESUMED_NGT) for of in (case(), case(dp=2, group=1))
-    )
+    of_one, of_two = (replace(work(teacher, deep, of), tokens_NGT=RESUMED_NGT) for of in (case(), case(dp=2, group=1)))
     unbroken = pool.run(workers.distill, 1, of_one)[0]
     for steps, blocks in pool.run(layout_workers.distill_in_small_blocks, 2, of_two, tmp_path, stop=2):
         assert blocks > 10

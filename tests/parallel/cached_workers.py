@@ -16,7 +16,7 @@ from minitron.runtime.artefact import RunFolder
 from minitron.runtime.session import Session
 from minitron.runtime.tracking import read_metrics
 from minitron.train.run import StartingPoint
-from tests.dist.workers import in_layout
+from tests.parallel.workers import in_layout
 
 TEACHER_ID = "the teacher of these tests"
 

@@ -10,9 +10,9 @@ import torch.nn.functional as F
 from minitron.checkpoint.folder import WEIGHTS_DIR, read_model_config
 from minitron.checkpoint.store import CheckpointReader
 from minitron.config.parallel import ParallelConfig
-from tests.dist import workers
-from tests.dist.reference import dense_kl, dense_logits, hf_tensors, layout, random_tokens
 from tests.helpers.pool import WorkerPool
+from tests.parallel import workers
+from tests.parallel.reference import dense_kl, dense_logits, hf_tensors, layout, random_tokens
 
 TOKENS_NGT = random_tokens(3, 4, 17)
 LAYOUTS = {
@@ -67,9 +67,7 @@ def one_rank(
     return request.param, steps
 
 
-@pytest.mark.parametrize(
-    "name", ["sequence TP2 x PP2", "CP2 x TP2", "CP2 x PP2", "CP2 x DP2", "CP2 x sequence TP2"]
-)
+@pytest.mark.parametrize("name", ["sequence TP2 x PP2", "CP2 x TP2", "CP2 x PP2", "CP2 x DP2", "CP2 x sequence TP2"])
 def test_steps_are_those_of_one_rank(
     pool: WorkerPool, teacher: Path, student: Path, one_rank: tuple[bool, list[workers.Step]], name: str
 ) -> None:

@@ -18,9 +18,9 @@ from minitron.config.logit_loss import LogitLossConfig, TopKRest
 from minitron.config.mixing import Mixing
 from minitron.config.parallel import ParallelConfig
 from minitron.models.hf_import import import_model
-from tests.dist import workers
-from tests.dist.reference import dense, dense_logits, hf_tensors, layout, random_tokens
 from tests.helpers.pool import WorkerPool
+from tests.parallel import workers
+from tests.parallel.reference import dense, dense_logits, hf_tensors, layout, random_tokens
 
 TOKENS_GT = random_tokens(4, 17, seed=8)
 FIXED = DistillConfig(cross_entropy=CrossEntropyMixConfig(weight=0.3))
@@ -61,7 +61,9 @@ def dense_step(teacher: Path, student: Path, recipe: DistillConfig) -> Dense:
     return Dense(sums, {name: p.grad for name, p in model.named_parameters() if p.grad is not None})
 
 
-def check(pool: WorkerPool, out: Path, teacher: Path, student: Path, recipe: DistillConfig, *, at: ParallelConfig, want: Dense) -> None:
+def check(
+    pool: WorkerPool, out: Path, teacher: Path, student: Path, recipe: DistillConfig, *, at: ParallelConfig, want: Dense
+) -> None:
     job = workers.Work(
         teacher=teacher / "checkpoint",
         student=student / "checkpoint",

@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 
 from minitron.train.state import saved_steps
-from tests.dist import workers
-from tests.dist.reference import layout, random_tokens
 from tests.helpers.pool import WorkerPool
+from tests.parallel import workers
+from tests.parallel.reference import layout, random_tokens
 
 TOKENS_NGT = random_tokens(6, 4, 17, seed=2)
 

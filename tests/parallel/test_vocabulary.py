@@ -9,10 +9,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from minitron.distill.vocabulary import common_vocab_size
-from tests.dist import relayout_workers as workers
-from tests.dist.reference import VOCAB_SIZE, dense, dense_logits, layout, make_model, random_tokens
-from tests.dist.relayout_workers import Own
 from tests.helpers.pool import WorkerPool
+from tests.parallel import relayout_workers as workers
+from tests.parallel.reference import VOCAB_SIZE, dense, dense_logits, layout, make_model, random_tokens
+from tests.parallel.relayout_workers import Own
 
 TOKENS_GT = random_tokens(1, 4, 17)[0]
 MORE_ROWS = VOCAB_SIZE + 7
@@ -63,9 +63,7 @@ def test_loss_is_that_of_the_common_part(
                 assert outcome.grad_norm == pytest.approx(norm, rel=1e-5)
 
 
-def test_rows_beyond_the_common_part_get_no_gradient(
-    pool: WorkerPool, teacher: Path, more_rows: Path
-) -> None:
+def test_rows_beyond_the_common_part_get_no_gradient(pool: WorkerPool, teacher: Path, more_rows: Path) -> None:
     found = pool.run(
         workers.output_gradient, 2, teacher / "checkpoint", more_rows / "checkpoint", layout(2), TOKENS_GT, VOCAB_SIZE
     )

@@ -60,7 +60,9 @@ def layout(
 
 def dense(hf: Path) -> Any:
     """The model in fp64 throughout: transformers' RMS norm computes in fp32, torch's keeps its input's type."""
-    model = AutoModelForCausalLM.from_pretrained(hf, dtype=torch.float64, attn_implementation="sdpa", experts_implementation="eager")
+    model = AutoModelForCausalLM.from_pretrained(
+        hf, dtype=torch.float64, attn_implementation="sdpa", experts_implementation="eager"
+    )
     for name, module in list(model.named_modules()):
         if type(module).__name__.endswith("RMSNorm"):
             norm = torch.nn.RMSNorm(module.weight.shape, eps=module.variance_epsilon, dtype=torch.float64)

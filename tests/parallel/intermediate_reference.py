@@ -10,7 +10,7 @@ from transformers import LlamaForCausalLM
 
 from minitron.config.intermediate import HiddenLoss, IntermediateConfig
 from minitron.config.mixing import Mixing
-from tests.dist.reference import dense
+from tests.parallel.reference import dense
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,11 @@ def _run(model: LlamaForCausalLM, tokens_BS: Tensor) -> tuple[dict[str, Tensor],
 
 
 def _losses(
-    teacher: dict[str, Tensor], student: dict[str, Tensor], pairs: Pairs, config: IntermediateConfig, matrix: Tensor | None
+    teacher: dict[str, Tensor],
+    student: dict[str, Tensor],
+    pairs: Pairs,
+    config: IntermediateConfig,
+    matrix: Tensor | None,
 ) -> dict[str, Tensor]:
     def hidden(left: str, right: str) -> Tensor:
         want, have = teacher[left], student[right]

@@ -9,14 +9,13 @@ import torch.distributed as dist
 from rich.console import Console
 from torch import Tensor
 
-from minitron.checkpoint.folder import read_model_config
 from minitron.compat.cpu import CPU_LAYER
 from minitron.config.distill import CrossEntropyMixConfig, DistillConfig, TeacherConfig, TeacherParallelConfig
 from minitron.config.parallel import ParallelConfig
 from minitron.config.precision import Dtype
 from minitron.config.run import Device, RunConfig
-from minitron.config.train import TrainConfig
 from minitron.config.teacher_layout import own_layout
+from minitron.config.train import TrainConfig
 from minitron.data.batch import Batch
 from minitron.distill.objective import Distillation
 from minitron.distill.run import online_teacher
@@ -28,8 +27,8 @@ from minitron.runtime.artefact import RunFolder
 from minitron.runtime.session import Session
 from minitron.train.optim import Trainable, make_trainable
 from minitron.train.step import accumulate_gradients
-from tests.dist.workers import microbatches
 from tests.helpers.batch import batch_of
+from tests.parallel.workers import microbatches
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,7 +109,10 @@ def losses_of_split_and_whole_states(seed: int) -> list[tuple[float, Tensor]]:
         hidden_SBH, teacher_SBK = (torch.randn(6, 2, width, generator=generator) for width in (8, 12))
         weight_VH, weight_VK = (torch.randn(20, width, generator=generator) for width in (8, 12))
         batch = batch_of(torch.zeros(2, 7, dtype=torch.int64))
-        rows, part = slice(10 * groups.tp_rank, 10 * groups.tp_rank + 10), slice(3 * groups.tp_rank, 3 * groups.tp_rank + 3)
+        rows, part = (
+            slice(10 * groups.tp_rank, 10 * groups.tp_rank + 10),
+            slice(3 * groups.tp_rank, 3 * groups.tp_rank + 3),
+        )
         objective = Distillation(None, 20, groups, True, DistillConfig())  # type: ignore[arg-type]
         found = []
         for signal in (

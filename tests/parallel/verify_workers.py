@@ -11,7 +11,7 @@ from minitron.config.parallel import ParallelConfig
 from minitron.config.run import Device, RunConfig
 from minitron.runtime.artefact import RunFolder
 from minitron.runtime.session import Session
-from tests.dist.workers import in_layout
+from tests.parallel.workers import in_layout
 
 
 def verified(config: RunConfig, run: Path, parallel: ParallelConfig) -> dict[str, Any]:

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from minitron.models.hf_import import import_model
-from tests.dist.reference import make_model
+from tests.parallel.reference import make_model
 
 
 @pytest.fixture(scope="package")

@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 import torch.nn.functional as F
 
-from tests.dist import workers
-from tests.dist.reference import dense_logits, layout, random_tokens
 from tests.helpers.pool import WorkerPool
+from tests.parallel import workers
+from tests.parallel.reference import dense_logits, layout, random_tokens
 
 TOKENS_BT = random_tokens(5, 25, seed=6)
 

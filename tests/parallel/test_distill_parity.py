@@ -9,9 +9,9 @@ import torch
 
 from minitron.checkpoint.folder import WEIGHTS_DIR, read_model_config
 from minitron.checkpoint.store import CheckpointReader
-from tests.dist import workers
-from tests.dist.reference import dense_kl, hf_tensors, layout, random_tokens
 from tests.helpers.pool import WorkerPool
+from tests.parallel import workers
+from tests.parallel.reference import dense_kl, hf_tensors, layout, random_tokens
 
 TOKENS_NGT = random_tokens(3, 4, 17)
 
