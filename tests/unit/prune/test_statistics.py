@@ -16,15 +16,15 @@ def formula(kind: Reduction, values: np.ndarray, axis: int) -> np.ndarray:
     return ((values - values.mean(axis, keepdims=True)) ** 2).mean(axis)
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("dtype", "rtol"), [(torch.float64, 1e-11), (torch.float32, 1e-11), (torch.bfloat16, 5e-7)])
 @pytest.mark.parametrize("aggregation", list(Aggregation), ids=lambda a: a.value)
-def test_aggregations_match_the_formula(aggregation: Aggregation, dtype: torch.dtype) -> None:
+def test_aggregations_match_the_formula(aggregation: Aggregation, dtype: torch.dtype, rtol: float) -> None:
     activation_SBX = (torch.randn(53, 5, 6, generator=torch.Generator().manual_seed(0)) + 0.3).to(dtype)
     value_BX = reduce_sequence(activation_SBX, [aggregation.seq])[aggregation.seq]
     sums = torch.stack([value_BX.sum(0), value_BX.square().sum(0)]).numpy()
     per_sample = formula(aggregation.seq, activation_SBX.double().numpy(), 0)
     want = formula(aggregation.batch, per_sample, 0)
-    np.testing.assert_allclose(reduce_batch(sums, 5, aggregation.batch), want, rtol=1e-11)
+    np.testing.assert_allclose(reduce_batch(sums, 5, aggregation.batch), want, rtol=rtol)
 
 
 @pytest.mark.parametrize("wanted", [[Reduction.mean], [Reduction.var], [Reduction.l2], list(Reduction)])
