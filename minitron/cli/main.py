@@ -22,7 +22,10 @@ VERBS: dict[str, tuple[str, str]] = {
         "a grid of shapes and a budget -> candidates pruned, distilled for a while, ranked",
         "search, prune, distill",
     ),
-    "verify": ("the pruned checkpoint against the masked teacher, on calibration text", "prune, precision"),
+    "verify": (
+        "finite logits on calibration text; where pruning only cut, equal to the masked teacher's",
+        "prune, precision",
+    ),
     "teacher-logits": (
         "the teacher's distributions, a few numbers per token, for distill without it",
         "teacher_logits",
@@ -40,7 +43,7 @@ VERBS: dict[str, tuple[str, str]] = {
         "plan, parallel",
     ),
     "preflight": ("check devices, links, disk and clocks of all ranks before a run", "preflight, parallel"),
-    "report": ("table, plots and report.html from what is done", "report"),
+    "report": ("table, plots and report.html, once everything before it is done", "report"),
 }
 """Each verb: what it does, and the sections of the configuration it reads most."""
 
