@@ -3,7 +3,7 @@
 Imports little: workers import it.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -180,3 +180,13 @@ def loss_and_grads(loss: Callable[..., Tensor], *tensors: Tensor) -> tuple[Tenso
     leaves = [tensor.detach().clone().requires_grad_() for tensor in tensors]
     value = loss(*leaves)
     return value.detach(), *torch.autograd.grad(value, leaves)
+
+
+def assert_as_exact_as(plain: Sequence[Tensor], have: Sequence[Tensor], want: Sequence[Tensor]) -> None:
+    """``have`` is at most twice as far from ``want`` as ``plain`` is, or 1e-6 of the largest number.
+
+    For sums of many numbers in fp32: how far these are off is the matrix library's, and differs between CPUs.
+    """
+    for of_plain, ours_, exact in zip(plain, have, want, strict=True):
+        allowed = 2 * float((of_plain.double() - exact).abs().max()) + 1e-6 * float(exact.abs().max())
+        assert float((ours_.double() - exact).abs().max()) <= allowed

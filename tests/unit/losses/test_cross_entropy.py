@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.testing import assert_close
 
 from minitron.losses import linear_cross_entropy
-from tests.unit.losses.reference import Case, loss_and_grads, make_case
+from tests.unit.losses.reference import Case, assert_as_exact_as, loss_and_grads, make_case
 
 
 def ours(case: Case, *, chunk_tokens: int | None = None, weighted: bool = True) -> Callable[[Tensor, Tensor], Tensor]:
@@ -21,9 +21,11 @@ def ours(case: Case, *, chunk_tokens: int | None = None, weighted: bool = True) 
     )
 
 
-def torchs(case: Case, *, weighted: bool = True) -> Callable[[Tensor, Tensor], Tensor]:
+def torchs(
+    case: Case, *, weighted: bool = True, dtype: torch.dtype = torch.float64
+) -> Callable[[Tensor, Tensor], Tensor]:
     def loss(hidden_TH: Tensor, weight_VH: Tensor) -> Tensor:
-        logits_TV = (hidden_TH.double() @ weight_VH.double().T)[:, : case.vocab_size]
+        logits_TV = (hidden_TH.to(dtype) @ weight_VH.to(dtype).T)[:, : case.vocab_size]
         loss_T = F.cross_entropy(logits_TV, case.labels_T, reduction="none")
         return (loss_T * case.token_weights_T).sum() if weighted else loss_T.sum()
 
@@ -45,8 +47,8 @@ def test_fp32_across_many_blocks() -> None:
     case = make_case(num_tokens=70, vocab_size=49_000, num_rows=49_152, dtype=torch.float32)
     student = (case.student_hidden_TH, case.student_weight_VH)
     have = loss_and_grads(ours(case, chunk_tokens=32), *student)
-    want = loss_and_grads(torchs(case), *student)
-    assert_close(have, want, rtol=1e-5, atol=1e-6, check_dtype=False)
+    plain = loss_and_grads(torchs(case, dtype=torch.float32), *student)
+    assert_as_exact_as(plain, have, loss_and_grads(torchs(case), *student))
 
 
 def test_gradcheck() -> None:
