@@ -12,7 +12,6 @@ from minitron.checkpoint.folder import read_model_config
 from minitron.checkpoint.model_io import TRAINING_ONLY, save_model
 from minitron.config.distill import DistillConfig
 from minitron.config.intermediate import IntermediateConfig
-from minitron.config.train import TrainConfig
 from minitron.distill.intermediate import intermediate_losses
 from minitron.distill.objective import Distillation
 from minitron.distill.teacher import OnlineTeacher, freeze
@@ -85,14 +84,7 @@ def _projection(trainable: Trainable) -> Tensor | None:
 
 @contextmanager
 def _distillation(work: Work, config: IntermediateConfig) -> Iterator[tuple[Trainable, Distillation, Groups]]:
-    num_steps, size, length = work.tokens_NGT.shape
-    train = TrainConfig(
-        num_tokens=num_steps * size * (length - 1),
-        global_batch_size=size,
-        lr=1e-2,
-        min_lr=1e-3,
-        lr_warmup_steps=1,
-    )
+    train = workers.train_config(work, lr=1e-2)
     models = read_model_config(work.teacher), read_model_config(work.student)
     with workers.in_layout(work.parallel) as groups:
         teacher = workers._load(work.teacher, work.parallel.for_teacher(models[0].num_layers), groups)
@@ -106,7 +98,7 @@ def _distillation(work: Work, config: IntermediateConfig) -> Iterator[tuple[Trai
             seed=SEED,
             device=torch.device("cpu"),
         ) as (states, losses):
-            trainable = make_trainable(student, train, work.parallel, groups, seq_length=length - 1)
+            trainable = make_trainable(student, train, work.parallel, groups, seq_length=work.tokens_NGT.shape[-1] - 1)
             source, split = OnlineTeacher(teacher, states), work.parallel.sequence_parallel
             objective = Distillation(source, models[1].vocab_size, groups, split, DistillConfig(), intermediate=losses)
             yield trainable, objective, groups

@@ -172,18 +172,19 @@ def _training(work: Work, groups: Groups) -> tuple[Trainable, Objective]:
     return trainable, CrossEntropy(objective.vocab_size, groups, work.parallel.sequence_parallel)
 
 
+def train_config(work: Work, *, lr: float) -> TrainConfig:
+    """A step for each batch of the work, after one of warm-up, down to a tenth of the rate."""
+    num_steps, size, length = work.tokens_NGT.shape
+    return TrainConfig(
+        num_tokens=num_steps * size * (length - 1), global_batch_size=size, lr=lr, min_lr=lr / 10, lr_warmup_steps=1
+    )
+
+
 def distillation(work: Work, groups: Groups) -> tuple[Trainable, Distillation]:
     teacher = OnlineTeacher(freeze(_load(work.teacher, work.parallel.for_teacher(4), groups)))
-    num_steps, size, length = work.tokens_NGT.shape
-    train = TrainConfig(
-        num_tokens=num_steps * size * (length - 1),
-        global_batch_size=size,
-        lr=1e-3,
-        min_lr=1e-4,
-        lr_warmup_steps=1,
-    )
+    train = train_config(work, lr=1e-3)
     student = _load(work.student, work.parallel, groups)
-    trainable = make_trainable(student, train, work.parallel, groups, seq_length=length - 1)
+    trainable = make_trainable(student, train, work.parallel, groups, seq_length=work.tokens_NGT.shape[-1] - 1)
     vocab_size = read_model_config(work.student).vocab_size
     return trainable, Distillation(teacher, vocab_size, groups, work.parallel.sequence_parallel, work.recipe)
 
