@@ -70,7 +70,7 @@ def distill(
             common = common_vocab_size(teacher, start.folder)
             rows = read_model_config(start.folder).vocab_size
             source = stack.enter_context(online_teacher(session, teacher, student_vocab_size=rows))
-        student_gpt, student_model = start.load(session)
+        student_gpt, student_model = start.load(session, out)
         student = (student_gpt, student_model)
         source, losses = stack.enter_context(_intermediate(session, teacher, source, student))
         objective = Distillation(

@@ -1,10 +1,9 @@
 """Import: a Hugging Face folder or a GGUF file -> a checkpoint folder, streamed tensor by tensor."""
 
 import hashlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from math import prod
 from pathlib import Path
 
 import torch
@@ -13,15 +12,16 @@ from torch.distributed import ProcessGroup
 
 from minitron.checkpoint.folder import SIDE_DIR, WEIGHTS_DIR, write_model_config
 from minitron.checkpoint.store import CheckpointWriter
-from minitron.checkpoint.stream import CHUNK_BYTES, deal, read_ahead
+from minitron.checkpoint.stream import deal, read_ahead
 from minitron.config.model import ModelConfig
 from minitron.errors import ModelError
-from minitron.models.axes import OUTPUT_LAYER_KEY, TABLES, Dim, ParamAxes, global_shape, layer_shape, part_rows
+from minitron.models.axes import OUTPUT_LAYER_KEY, TABLES, part_rows
 from minitron.models.gguf import GgufSource
 from minitron.models.hf_config import HfConfig
-from minitron.models.hf_names import IGNORED_SUFFIXES, blocks, hf_tensors, hf_tensors_of
+from minitron.models.hf_names import IGNORED_SUFFIXES, hf_tensors, hf_tensors_of
 from minitron.models.hf_source import FolderSource, Source
 from minitron.models.origin import Origin
+from minitron.models.pieces import Piece, pieces
 
 Progress = Callable[[int, int], None]
 
@@ -51,15 +51,6 @@ class SourceInfo:
     origin: Origin
 
 
-@dataclass(frozen=True)
-class _Item:
-    """One piece of work: a parameter of one layer (and expert), or rows of an embedding."""
-
-    param: ParamAxes
-    index: tuple[int, ...]
-    rows: tuple[int, int] | None = None
-
-
 def inspect_source(source: Path) -> SourceInfo:
     """Check everything about a source that can be checked without reading its weights.
 
@@ -84,8 +75,8 @@ def import_model(
 ) -> SourceInfo:
     """Write a source as a checkpoint folder: ``model.json``, ``weights/`` and ``hf/``.
 
-    Each rank writes one item while it reads the next; items (parameters of a layer, rows of an embedding) are dealt
-    over the ranks by their size.
+    Each rank writes one piece (`minitron.models.pieces`) while it reads the next; they are dealt over the ranks by
+    their size.
 
     Args:
         source: A local Hugging Face folder (safetensors), or a ``.gguf`` file.
@@ -94,7 +85,7 @@ def import_model(
         rank: This rank.
         world_size: Number of ranks that share the work.
         group: Their process group; None is the default one.
-        on_progress: Called after each item of this rank with items done and items in all.
+        on_progress: Called after each piece of this rank with pieces done and pieces in all.
 
     Raises:
         ModelError: As `inspect_source`.
@@ -107,16 +98,11 @@ def import_model(
     if rank == 0:
         write_model_config(out, info.model)
         opened.write_side_files(out / SIDE_DIR)
-    items = deal(_items(info.model, dtype), rank=rank, world_size=world_size)
-    for done, (item, tensor) in enumerate(read_ahead(items, partial(_canonical, source=opened, dtype=dtype)), start=1):
-        shape = global_shape(item.param, info.model)
-        offsets = [*item.index, *[0] * tensor.dim()]
-        if item.rows is not None:
-            offsets[0] = item.rows[0]
-        tensor = tensor.reshape(*[1] * len(item.index), *tensor.shape)
-        writer.write(item.param.key, tensor, global_shape=shape, offsets=offsets)
+    mine = deal(pieces(info.model, dtype), rank=rank, world_size=world_size)
+    for done, (piece, tensor) in enumerate(read_ahead(mine, partial(_canonical, source=opened, dtype=dtype)), start=1):
+        piece.write(writer, tensor, info.model)
         if on_progress is not None:
-            on_progress(done, len(items))
+            on_progress(done, len(mine))
     writer.finish(group)
     return info
 
@@ -194,29 +180,13 @@ def _ignored(model: ModelConfig) -> set[str]:
     return {hf.name for param in params if param.key == OUTPUT_LAYER_KEY for hf in param.hf}
 
 
-def _items(model: ModelConfig, dtype: torch.dtype) -> Iterator[tuple[_Item, int]]:
-    """Every item with its size in bytes."""
-    for param, index in blocks(model):
-        row = prod(layer_shape(param, model)[1:]) * dtype.itemsize
-        if param.dims[0] is not Dim.vocab:
-            yield _Item(param, index), layer_shape(param, model)[0] * row
-            continue
-        step = max(1, CHUNK_BYTES // row)
-        for first in range(0, model.vocab_size, step):
-            stop = min(first + step, model.vocab_size)
-            yield _Item(param, index, (first, stop)), (stop - first) * row
-
-
-def _canonical(item: _Item, source: Source, dtype: torch.dtype) -> Tensor:
-    """The item's tensor in Megatron's layout."""
-    model, dim = source.model, item.param.dims[0]
-    tensors = hf_tensors_of(item.param, item.index, model)
+def _canonical(piece: Piece, source: Source, dtype: torch.dtype) -> Tensor:
+    """The piece in Megatron's layout."""
+    tensors = hf_tensors_of(piece.param, piece.index, source.model)
     if len(tensors) == 1:
-        start, stop = item.rows or (0, tensors[0].shape[0])
-        return source.read_rows(tensors[0].name, start, stop).to(dtype)
-    num_rows = sum(tensor.shape[0] for tensor in tensors)
-    out = torch.empty((num_rows, *tensors[0].shape[1:]), dtype=dtype)
+        return source.read_rows(tensors[0].name, piece.first_row, piece.first_row + piece.shape[0]).to(dtype)
+    out = torch.empty(piece.shape, dtype=dtype)
     for tensor in tensors:
-        rows = torch.from_numpy(part_rows(dim, tensor.part, model))
+        rows = torch.from_numpy(part_rows(piece.param.dims[0], tensor.part, source.model))
         out[rows] = source.read_rows(tensor.name, 0, tensor.shape[0]).to(dtype)
     return out

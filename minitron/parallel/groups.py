@@ -93,16 +93,6 @@ class Groups:
         return mine
 
 
-def seed_weights(seed: int, groups: Groups) -> None:
-    """Make the next model's random weights a function of the seed and the layout, whatever was drawn before.
-
-    Pipeline stages draw different weights. On the CPU tensor-parallel ranks draw the same whole matrix and keep their
-    slice; on a GPU each draws its own slice, from a state that Megatron keeps per rank.
-    """
-    torch.manual_seed(seed + 100 * groups.pp_rank)
-    model_parallel_cuda_manual_seed(seed + 100 * groups.pp_rank, force_reset_rng=True)
-
-
 @contextlib.contextmanager
 def model_parallel(parallel: ParallelConfig, *, seed: int) -> Iterator[Groups]:
     """Make the groups of a layout; they are destroyed at the end of the block.

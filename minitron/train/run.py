@@ -6,15 +6,17 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+import torch
+
 from minitron.checkpoint.folder import copy_side_files, read_model_config, write_model_config
 from minitron.checkpoint.model_io import save_model
 from minitron.config.compose import flat_values
 from minitron.config.model import ModelConfig
 from minitron.config.train import TrainConfig
 from minitron.data.loader import TrainBatches, heldout_batches
-from minitron.models.gpt import Chunks, build_gpt
+from minitron.models.gpt import Chunks
 from minitron.models.load import load_gpt
-from minitron.parallel.groups import seed_weights
+from minitron.models.random_weights import write_random_weights
 from minitron.runtime.session import Session
 from minitron.runtime.signals import stop_agreement
 from minitron.runtime.tracking import MetricsWriter
@@ -25,6 +27,7 @@ from minitron.train.optim import make_trainable
 from minitron.train.state import save_state
 
 STATES_DIR = "states"
+RANDOM_WEIGHTS_DIR = "random"
 
 
 @dataclass(frozen=True)
@@ -149,16 +152,27 @@ class StartingPoint:
     folder: Path
     random_weights: bool = False
 
-    def load(self, session: Session) -> tuple[Chunks, ModelConfig]:
-        """This rank's part of the model, and its architecture."""
+    def load(self, session: Session, out: Path) -> tuple[Chunks, ModelConfig]:
+        """This rank's part of the model, and its architecture.
+
+        Args:
+            session: The running job.
+            out: The stage's working folder; random weights are written there and removed when they are loaded.
+        """
+        config = session.config
         if not self.random_weights:
-            config = session.config
             return load_gpt(self.folder, session, parallel=config.parallel, precision=config.precision)
-        config, groups = session.config, session.groups
-        model = read_model_config(self.folder)
-        seed_weights(config.seed, groups)
-        gpt = build_gpt(model, config.parallel, config.precision, groups, device=session.device, initialize=True)
-        return gpt, model
+        folder, model = out / RANDOM_WEIGHTS_DIR, read_model_config(self.folder)
+        if session.is_main:
+            shutil.rmtree(folder, ignore_errors=True)  # a killed run's
+        torch.distributed.barrier()
+        rank, world_size = session.groups.world_rank, session.groups.world_size
+        write_random_weights(model, folder, seed=config.seed, rank=rank, world_size=world_size)
+        loaded = load_gpt(folder, session, parallel=config.parallel, precision=config.precision)
+        torch.distributed.barrier()
+        if session.is_main:
+            shutil.rmtree(folder)
+        return loaded
 
 
 def train_on_text(
@@ -174,7 +188,7 @@ def train_on_text(
         data: The data folder.
         out: The stage's working folder.
     """
-    gpt, model = start.load(session)
+    gpt, model = start.load(session, out)
     return train_to_folder(
         session,
         stage=stage,

@@ -20,7 +20,7 @@ from minitron.checkpoint.folder import (
 from minitron.checkpoint.store import CheckpointReader, CheckpointWriter
 from minitron.config.parallel import ParallelConfig
 from minitron.errors import ArtefactError, CheckpointError
-from minitron.models import hf_import
+from minitron.models import pieces
 from minitron.models.axes import global_shape, params_of
 from minitron.models.hf_export import export_model, hf_logits
 from minitron.models.hf_import import import_model
@@ -138,7 +138,7 @@ def test_canonical_rows_by_hand(tmp_path: Path) -> None:
 
 
 def test_embeddings_in_row_chunks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(hf_import, "CHUNK_BYTES", 7 * 24 * 4)  # 7 rows: 96 is no multiple
+    monkeypatch.setattr(pieces, "CHUNK_BYTES", 7 * 24 * 4)  # 7 rows: 96 is no multiple
     source = save_tiny(tmp_path / "source")
     import_model(source, tmp_path / "checkpoint")
     export_model(tmp_path / "checkpoint", tmp_path / "out", dtype=torch.float32)
