@@ -64,11 +64,11 @@ def dense_step(teacher: Path, student: Path, recipe: DistillConfig) -> Dense:
 def check(
     pool: WorkerPool, out: Path, teacher: Path, student: Path, recipe: DistillConfig, *, at: ParallelConfig, want: Dense
 ) -> None:
-    job = workers.Work(
-        teacher=teacher / "checkpoint",
-        student=student / "checkpoint",
-        parallel=at,
-        tokens_NGT=TOKENS_GT[None].repeat(2, 1, 1),  # the first of two steps: the schedule warms up in one
+    job = workers.Work.between(
+        teacher,
+        student,
+        at,
+        TOKENS_GT[None].repeat(2, 1, 1),  # the first of two steps: the schedule warms up in one
         recipe=recipe,
     )
     norm = math.sqrt(sum(float(g.norm()) ** 2 for g in want.gradients.values()))

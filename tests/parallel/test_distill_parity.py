@@ -17,13 +17,7 @@ TOKENS_NGT = random_tokens(3, 4, 17)
 
 
 def work(teacher: Path, student: Path, *axes: int, group_size: int = 0) -> workers.Work:
-    return workers.Work(
-        teacher=teacher / "checkpoint",
-        student=student / "checkpoint",
-        parallel=layout(*axes),
-        tokens_NGT=TOKENS_NGT,
-        group_size=group_size,
-    )
+    return workers.Work.between(teacher, student, layout(*axes), TOKENS_NGT, group_size=group_size)
 
 
 @pytest.fixture(scope="module")

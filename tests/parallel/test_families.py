@@ -114,12 +114,7 @@ def check_gradients(
 ) -> None:
     tokens_NGT = random_tokens(3, 4, 17)
     loss, gradients = dense_kl(family.teacher / "hf", family.student / "hf", tokens_NGT[0, :, :-1])
-    job = workers.Work(
-        teacher=family.teacher / "checkpoint",
-        student=family.student / "checkpoint",
-        parallel=layout(*axes, sp=sp),
-        tokens_NGT=tokens_NGT,
-    )
+    job = workers.Work.between(family.teacher, family.student, layout(*axes, sp=sp), tokens_NGT)
     results = pool.run(workers.first_gradients, math.prod(axes), job, tmp_path)
     assert loss > 0.05
     norm = math.sqrt(sum(float(g.norm()) ** 2 for g in gradients.values()))

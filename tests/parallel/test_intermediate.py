@@ -57,13 +57,7 @@ def initial_projection(student: Path) -> Tensor:
 
 
 def work(teacher: Path, student: Path, *axes: int, group_size: int = 0) -> workers.Work:
-    return workers.Work(
-        teacher=teacher / "checkpoint",
-        student=student / "checkpoint",
-        parallel=layout(*axes),
-        tokens_NGT=TOKENS_NGT,
-        group_size=group_size,
-    )
+    return workers.Work.between(teacher, student, layout(*axes), TOKENS_NGT, group_size=group_size)
 
 
 def check(results: list[ours.Gradients], folder: Path, student: Path, want: Dense) -> None:

@@ -108,13 +108,7 @@ def deep(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def work(teacher: Path, deep: Path, of: Case) -> workers.Work:
-    return workers.Work(
-        teacher=teacher / "checkpoint",
-        student=deep / "checkpoint",
-        parallel=of.parallel,
-        tokens_NGT=TOKENS_NGT,
-        group_size=of.group_size,
-    )
+    return workers.Work.between(teacher, deep, of.parallel, TOKENS_NGT, group_size=of.group_size)
 
 
 @pytest.fixture(scope="module")

@@ -14,12 +14,7 @@ TOKENS_NGT = random_tokens(6, 4, 17, seed=2)
 
 
 def work(teacher: Path, student: Path, *axes: int, cp: int = 1) -> workers.Work:
-    return workers.Work(
-        teacher=teacher / "checkpoint",
-        student=student / "checkpoint",
-        parallel=layout(*axes, cp=cp),
-        tokens_NGT=TOKENS_NGT,
-    )
+    return workers.Work.between(teacher, student, layout(*axes, cp=cp), TOKENS_NGT)
 
 
 @pytest.mark.parametrize(

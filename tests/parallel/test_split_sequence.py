@@ -30,13 +30,7 @@ every_layout = pytest.mark.parametrize("parallel", LAYOUTS.values(), ids=LAYOUTS
 
 
 def work(teacher: Path, student: Path, parallel: ParallelConfig, *, cross_entropy: bool = False) -> workers.Work:
-    return workers.Work(
-        teacher=teacher / "checkpoint",
-        student=student / "checkpoint",
-        parallel=parallel,
-        tokens_NGT=TOKENS_NGT,
-        cross_entropy=cross_entropy,
-    )
+    return workers.Work.between(teacher, student, parallel, TOKENS_NGT, cross_entropy=cross_entropy)
 
 
 @every_layout

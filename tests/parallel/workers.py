@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any, Self
 
 import torch
 import torch.distributed as dist
@@ -49,6 +50,12 @@ class Work:
     group_size: int = 0
     cross_entropy: bool = False
     recipe: DistillConfig = field(default_factory=DistillConfig)
+
+    @classmethod
+    def between(cls, teacher: Path, student: Path, parallel: ParallelConfig, tokens_NGT: Tensor, **values: Any) -> Self:
+        """Of two models that `tests.parallel.reference.make_model` made."""
+        teacher, student = teacher / "checkpoint", student / "checkpoint"
+        return cls(teacher=teacher, student=student, parallel=parallel, tokens_NGT=tokens_NGT, **values)
 
 
 @dataclass(frozen=True)
