@@ -32,7 +32,11 @@ test-slurm: setup ## as root: compress as jobs of a SLURM cluster made here (ins
 check: setup ## lint, format, types, import layers
 	@sh .ci/check.sh
 
-bench: setup ## run the timings in tests/bench, a quarter of an hour
+# Not in the lock file; without them tests.bench.kd_peers says so, and the others run.
+.peers: tests/bench/requirements-peers.txt | setup
+	-@.venv/bin/uv pip install --quiet --python .venv --no-deps --target $@ -r $< && touch $@
+
+bench: setup .peers ## install the losses that we compare with into .peers, and run the timings in tests/bench
 	@for file in $(filter-out %_table.py %__init__.py,$(wildcard tests/bench/*.py)); do \
 		name=$$(basename "$$file" .py); \
 		echo "== tests.bench.$$name"; $(PY) -m "tests.bench.$$name" $(ARGS) || exit 1; \

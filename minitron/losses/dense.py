@@ -15,52 +15,78 @@ from minitron.losses.divergence import Block
 from minitron.losses.vocab import ScaledSums, VocabShard, row_max
 
 
+class _Softmax(NamedTuple):
+    """A softmax over this rank's columns, and what joins it to the other ranks'.
+
+    Attributes:
+        probs_Cv: sums to 1 over this rank's columns; may be overwritten.
+        max_C: largest logit, -inf without columns.
+        sum_C: sum of exp(logit - max).
+    """
+
+    probs_Cv: Tensor
+    max_C: Tensor
+    sum_C: Tensor
+
+    @classmethod
+    def of(cls, logits_Cv: Tensor, out_Cv: Tensor) -> "_Softmax":
+        """PyTorch's kernel goes through a row once, where separate operations cost a pass through memory each.
+
+        It is not said to work in place: ``out_Cv`` must be other memory.
+        """
+        torch.softmax(logits_Cv, -1, out=out_Cv)
+        # The largest probability is exp(0) / sum.
+        return cls(out_Cv, row_max(logits_Cv), row_max(out_Cv).reciprocal())
+
+    def sums(self, *means: Tensor) -> ScaledSums:
+        """The denominator, and sums over the columns from means under the local softmax."""
+        return ScaledSums(self.max_C, (self.sum_C, *(mean_C * self.sum_C for mean_C in means)))
+
+    def over_all(self, whole: ScaledSums, vocab: VocabShard) -> Tensor:
+        """The probabilities over every rank's columns, in the same memory."""
+        if vocab.num_ranks == 1:
+            return self.probs_Cv
+        share_C = (self.max_C - whole.max_C).exp() * self.sum_C / whole.sums[0]
+        return self.probs_Cv.mul_(share_C[:, None])
+
+
+def _log_ratio(student: ScaledSums, teacher: ScaledSums) -> Tensor:
+    """lse(s) - lse(t), from sums over all columns."""
+    return (student.max_C - teacher.max_C) + (student.sums[0].log() - teacher.sums[0].log())
+
+
 def forward_kl(block: Block[Tensor]) -> Tensor:
     """KL(teacher || student) = sum_v p_v (t_v - s_v) - lse(t) + lse(s), with gradient q - p.
 
     The dot product takes the difference of the logits, not that of two large sums: fp32 precision.
     """
     student_Cv, target, grad_Cv, weight_C, vocab, scratch = block
-    teacher_max_C, student_max_C = row_max(target), row_max(student_Cv)
     diff_Cv = torch.sub(target, student_Cv, out=scratch.like("diff", target))
-    teacher_exp_Cv = torch.sub(target, teacher_max_C[:, None], out=scratch.like("teacher_exp", target)).exp_()
-    student_exp_Cv = torch.sub(student_Cv, student_max_C[:, None], out=block.work_memory()).exp_()
-    dot_C = diff_Cv.mul_(teacher_exp_Cv).sum(-1)
-    teacher, student = vocab.merge(
-        ScaledSums(teacher_max_C, (teacher_exp_Cv.sum(-1), dot_C)),
-        ScaledSums(student_max_C, (student_exp_Cv.sum(-1),)),
-    )
-    teacher_sum_C, dot_C = teacher.sums
-    (student_sum_C,) = student.sums
+    local_teacher = _Softmax.of(target, scratch.like("teacher_probs", target))
+    dot_C = diff_Cv.mul_(local_teacher.probs_Cv).sum(-1)
+    local_student = _Softmax.of(student_Cv, diff_Cv)
+    teacher, student = vocab.merge(local_teacher.sums(dot_C), local_student.sums())
     if grad_Cv is not None:
-        student_scale_C = weight_C * (student_max_C - student.max_C).exp() / student_sum_C
-        teacher_scale_C = weight_C * (teacher_max_C - teacher.max_C).exp() / teacher_sum_C
-        # Two rounded products, not addcmul's fused one: where q = p the gradient is exactly zero.
-        grad_Cv.mul_(student_scale_C[:, None]).sub_(teacher_exp_Cv.mul_(teacher_scale_C[:, None]))
-    log_ratio_C = (student.max_C - teacher.max_C) + (student_sum_C.log() - teacher_sum_C.log())
-    return dot_C / teacher_sum_C + log_ratio_C
+        teacher_Cv = local_teacher.over_all(teacher, vocab)
+        torch.sub(local_student.over_all(student, vocab), teacher_Cv, out=grad_Cv).mul_(weight_C[:, None])
+    teacher_sum_C, dot_C = teacher.sums
+    return dot_C / teacher_sum_C + _log_ratio(student, teacher)
 
 
 def reverse_kl(block: Block[Tensor]) -> Tensor:
     """KL(student || teacher) = sum_v q_v (s_v - t_v) - lse(s) + lse(t), with gradient q (s - t - its mean under q)."""
     student_Cv, target, grad_Cv, weight_C, vocab, scratch = block
-    teacher_max_C, student_max_C = row_max(target), row_max(student_Cv)
     diff_Cv = torch.sub(student_Cv, target, out=scratch.like("diff", target))
-    teacher_exp_Cv = torch.sub(target, teacher_max_C[:, None], out=scratch.like("teacher_exp", target)).exp_()
-    teacher_sum_C = teacher_exp_Cv.sum(-1)
-    student_exp_Cv = torch.sub(student_Cv, student_max_C[:, None], out=block.work_memory()).exp_()
-    dot_C = torch.mul(student_exp_Cv, diff_Cv, out=teacher_exp_Cv).sum(-1)
-    teacher, student = vocab.merge(
-        ScaledSums(teacher_max_C, (teacher_sum_C,)),
-        ScaledSums(student_max_C, (student_exp_Cv.sum(-1), dot_C)),
-    )
-    (teacher_sum_C,), (student_sum_C, dot_C) = teacher.sums, student.sums
+    local_teacher = _Softmax.of(target, scratch.like("teacher_probs", target))
+    local_student = _Softmax.of(student_Cv, scratch.like("student_probs", target))
+    dot_C = torch.mul(local_student.probs_Cv, diff_Cv, out=local_teacher.probs_Cv).sum(-1)
+    teacher, student = vocab.merge(local_teacher.sums(), local_student.sums(dot_C))
+    student_sum_C, dot_C = student.sums
     mean_C = dot_C / student_sum_C
     if grad_Cv is not None:
-        scale_C = weight_C * (student_max_C - student.max_C).exp() / student_sum_C
-        grad_Cv.mul_(diff_Cv.sub_(mean_C[:, None])).mul_(scale_C[:, None])
-    log_ratio_C = (student.max_C - teacher.max_C) + (student_sum_C.log() - teacher_sum_C.log())
-    return mean_C - log_ratio_C
+        student_Cv = local_student.over_all(student, vocab)
+        torch.mul(student_Cv, diff_Cv.sub_(mean_C[:, None]), out=grad_Cv).mul_(weight_C[:, None])
+    return mean_C - _log_ratio(student, teacher)
 
 
 class _Softmaxes(NamedTuple):
@@ -72,20 +98,14 @@ class _Softmaxes(NamedTuple):
 
 
 def _softmaxes(block: Block[Tensor]) -> _Softmaxes:
-    """Normalise both, the student's in the gradient's memory if there is one. One collective."""
-    student_Cv, target, vocab = block.student_Cv, block.target, block.vocab
-    outs = (block.scratch.like("teacher_exp", target), block.work_memory())
-    maxima = [row_max(target), row_max(student_Cv)]
-    exps = [
-        torch.sub(logits_Cv, max_C[:, None], out=out_Cv).exp_()
-        for logits_Cv, max_C, out_Cv in zip((target, student_Cv), maxima, outs, strict=True)
-    ]
-    merged = vocab.merge(*(ScaledSums(max_C, (exp_Cv.sum(-1),)) for max_C, exp_Cv in zip(maxima, exps, strict=True)))
-    for max_C, exp_Cv, whole in zip(maxima, exps, merged, strict=True):
-        exp_Cv.mul_(((max_C - whole.max_C).exp() / whole.sums[0])[:, None])
-    teacher, student = merged
-    log_ratio_C = (student.max_C - teacher.max_C) + (student.sums[0].log() - teacher.sums[0].log())
-    return _Softmaxes(exps[0], exps[1], log_ratio_C)
+    """Both distributions over all columns. One collective."""
+    student_Cv, target, vocab, scratch = block.student_Cv, block.target, block.vocab, block.scratch
+    local_teacher = _Softmax.of(target, scratch.like("teacher_probs", target))
+    local_student = _Softmax.of(student_Cv, scratch.like("student_probs", target))
+    teacher, student = vocab.merge(local_teacher.sums(), local_student.sums())
+    return _Softmaxes(
+        local_teacher.over_all(teacher, vocab), local_student.over_all(student, vocab), _log_ratio(student, teacher)
+    )
 
 
 def _add_up(vocab: VocabShard, *sums: Tensor) -> tuple[Tensor, ...]:
@@ -125,7 +145,7 @@ class JensenShannon:
         teacher_kl_C, student_kl_C = _add_up(vocab, -teacher_sum_C, -student_sum_C)
         if grad_Cv is not None:
             scale_C = (self.beta - 1) * weight_C
-            grad_Cv.mul_(student_term_Cv.add_(student_kl_C[:, None])).mul_(scale_C[:, None])
+            torch.mul(student_Cv, student_term_Cv.add_(student_kl_C[:, None]), out=grad_Cv).mul_(scale_C[:, None])
         return self.beta * teacher_kl_C + (1 - self.beta) * student_kl_C
 
 
@@ -140,7 +160,7 @@ def mse(block: Block[Tensor]) -> Tensor:
     square_C, dot_C = _add_up(vocab, square_C, dot_C)
     if grad_Cv is not None:
         scale_C = weight_C * (2 / vocab.vocab_size)
-        grad_Cv.mul_(diff_Cv.sub_(dot_C[:, None])).mul_(scale_C[:, None])
+        torch.mul(student_Cv, diff_Cv.sub_(dot_C[:, None]), out=grad_Cv).mul_(scale_C[:, None])
     return square_C / vocab.vocab_size
 
 
@@ -150,7 +170,7 @@ def cosine(block: Block[Tensor]) -> Tensor:
     Softmax' denominators cancel: only the sums of squares are needed.
     """
     student_Cv, target, grad_Cv, weight_C, vocab, scratch = block
-    outs = (scratch.like("teacher_exp", target), block.work_memory())
+    outs = (scratch.like("teacher_probs", target), block.work_memory())
     product_Cv = scratch.like("diff", target)
     units, parts = [], []
     for logits_Cv, out_Cv in zip((target, student_Cv), outs, strict=True):
@@ -174,21 +194,18 @@ def cross_entropy(block: Block[Tensor]) -> Tensor:
 
     A label outside the vocabulary gives NaN.
     """
-    student_Cv, target, grad_Cv, weight_C, vocab, _ = block
-    max_C = row_max(student_Cv)
+    student_Cv, target, grad_Cv, weight_C, vocab, scratch = block
     index_C = target - vocab.start
     here_C = (index_C >= 0) & (index_C < vocab.num_valid)
     index_C1 = index_C.clamp(0, max(0, vocab.num_valid - 1))[:, None]
     label_C = torch.zeros_like(weight_C)
     if vocab.num_valid:
         label_C = student_Cv.gather(1, index_C1).squeeze(1).where(here_C, label_C)
-    exp_Cv = torch.sub(student_Cv, max_C[:, None], out=block.work_memory()).exp_()
-    softmax, label = vocab.merge(
-        ScaledSums(max_C, (exp_Cv.sum(-1),)), ScaledSums(torch.zeros_like(label_C), (label_C,))
-    )
+    local = _Softmax.of(student_Cv, scratch.like("student_probs", student_Cv))
+    softmax, label = vocab.merge(local.sums(), ScaledSums(torch.zeros_like(label_C), (label_C,)))
     (sum_C,), (label_C,) = softmax.sums, label.sums
     if grad_Cv is not None and vocab.num_valid:
-        grad_Cv.mul_((weight_C * (max_C - softmax.max_C).exp() / sum_C)[:, None])
+        torch.mul(local.over_all(softmax, vocab), weight_C[:, None], out=grad_Cv)
         grad_Cv.scatter_add_(1, index_C1, (-weight_C * here_C)[:, None])
     known_C = (target >= 0) & (target < vocab.vocab_size)
     return (softmax.max_C - label_C + sum_C.log()).where(known_C, torch.nan)

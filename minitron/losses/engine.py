@@ -11,6 +11,7 @@ inputs are computed in fp64.
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from math import ceil
 from typing import Any
 
 import torch
@@ -96,8 +97,10 @@ def choose_chunk_tokens(chunk_tokens: int | None, hidden_TH: Tensor, vocab: Voca
         ConfigError: the wish is not positive.
     """
     if chunk_tokens is None:
-        budget = 32 * _MIB if hidden_TH.device.type == "cpu" else CUDA_CHUNK_BYTES
-        return max(16, budget // (hidden_TH.dtype.itemsize * vocab.num_columns) // 16 * 16)
+        budget = 64 * _MIB if hidden_TH.device.type == "cpu" else CUDA_CHUNK_BYTES
+        most = max(16, budget // (hidden_TH.dtype.itemsize * vocab.num_columns) // 16 * 16)
+        num_chunks = max(1, ceil(hidden_TH.shape[0] / most))
+        return max(16, ceil(hidden_TH.shape[0] / (16 * num_chunks)) * 16)  # all of a length: no short last one
     if chunk_tokens < 1:
         raise ConfigError(f"chunk_tokens is {chunk_tokens}, expected at least 1, or None to choose by itself")
     return chunk_tokens
@@ -211,7 +214,10 @@ def _scale(grad: Tensor, grad_loss: Tensor) -> Tensor:
 
 
 def _block_tokens(logits_Tv: Tensor, vocab: VocabShard, dtype: torch.dtype) -> int:
-    """Tokens per block: what stays in the cache of a lone CPU rank, else few launches and collectives."""
-    cpu_bytes = 3 * _MIB // 8 * torch.get_num_threads() if vocab.num_ranks == 1 else 8 * _MIB
-    budget = cpu_bytes if logits_Tv.device.type == "cpu" else CUDA_BLOCK_BYTES
-    return max(1, budget // (dtype.itemsize * vocab.num_columns))
+    """Tokens per block: what stays in the caches of a lone CPU rank, else few launches and collectives."""
+    row_bytes = dtype.itemsize * vocab.num_columns
+    if logits_Tv.device.type != "cpu":
+        return max(1, CUDA_BLOCK_BYTES // row_bytes)
+    if vocab.num_ranks > 1:
+        return max(1, 8 * _MIB // row_bytes)
+    return torch.get_num_threads() * max(1, 3 * _MIB // 4 // row_bytes)  # a softmax gives whole rows to a thread

@@ -225,7 +225,8 @@ def _loss_bytes(
     block = min(chunk, max(1, CUDA_BLOCK_BYTES // (_FP32 * columns)))
     is_dense = teacher is not None and teacher.model is not None
     casts = 0 if dtype is Dtype.fp32 else 1 + is_dense
-    logits = columns * (size * chunk * (1 + is_dense) + _FP32 * block * (casts + 2 * is_dense))
+    work = 2 if is_dense else int(teacher is None)  # softmaxes and differences; sparse targets need none
+    logits = columns * (size * chunk * (1 + is_dense) + _FP32 * block * (casts + work))
     widths = 2 * model.hidden_size + (teacher.model.hidden_size if teacher and teacher.model else 0)
     # Over several chunks it is added up in fp32, and then cast.
     bytes_each = size if tokens <= chunk or dtype is Dtype.fp32 else _FP32 + size

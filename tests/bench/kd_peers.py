@@ -13,8 +13,8 @@ is a Triton kernel and does not run here. "Products alone" are the four matrix p
 
 Memory is as in `tests.bench.kd_loss`, over the inputs, in units of one logits tensor.
 
-The peers are not in requirements.lock. To install them beside the project, without their dependencies on torch:
-``.venv/bin/uv pip install --python .venv --no-deps --target .peers -r tests/bench/requirements-peers.txt``
+The peers are not in requirements.lock: `make .peers` installs them beside the project, without their dependencies on
+torch.
 """
 
 import argparse
@@ -39,7 +39,6 @@ from minitron.config.logit_loss import LogitLossConfig
 from minitron.losses import linear_distillation, logits_distillation
 from tests.helpers.bench import Ratio, in_turn, peak_bytes
 
-INSTALL = ".venv/bin/uv pip install --python .venv --no-deps --target .peers -r tests/bench/requirements-peers.txt"
 OURS, FLOOR = "ours", "products alone"
 
 
@@ -83,7 +82,7 @@ def load_peers(folder: Path) -> Peers | None:
             from modelopt.torch.distill.plugins.megatron import LogitsKLLoss
             from torchtune.modules.loss import ForwardKLLoss, ForwardKLWithChunkedOutputLoss
         except ImportError as error:
-            print(f"{error}; the peers are not installed: {INSTALL}")
+            print(f"{error}; the peers are not installed in {folder}: `make .peers` does that")
             return None
     return Peers(
         LogitsKLLoss(SimpleNamespace(tensor_model_parallel_size=1)),

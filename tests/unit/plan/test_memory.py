@@ -163,5 +163,5 @@ def test_loss_by_hand() -> None:
     [many] = training_memory(wide, layout(), Dtype.bf16, Batches(2**14, 1), teacher)
     chunks = 2 * CUDA_CHUNK_BYTES + 4 * 64 * 2**20
     assert many.loss == chunks + 2**14 * 2 * 256 + 2**17 * 64 * (4 + 2)
-    [alone] = training_memory(student, layout(), Dtype.fp32, Batches(100, 1))
-    assert alone.loss == 255 * 100 * 4 + 100 * 4 * 128 + 255 * 64 * 4
+    [alone] = training_memory(student, layout(), Dtype.fp32, Batches(100, 1))  # with one block: its softmax
+    assert alone.loss == 255 * 100 * (4 + 4) + 100 * 4 * 128 + 255 * 64 * 4
