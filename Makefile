@@ -17,8 +17,8 @@ setup: ## make .venv and install everything pinned in requirements.lock (PYTHON=
 demo: setup ## compress a real 135M model on this machine, ending with a report
 	@.venv/bin/minitron compress experiment=demo $(ARGS)
 
-test: setup ## run the tests
-	@$(PY) -m pytest $(ARGS)
+test: setup ## run the tests, in two processes
+	@$(PY) -m pytest --numprocesses 2 --dist loadfile $(ARGS)
 
 test-gpu: setup ## run the tests that need a GPU (and Transformer Engine); docs/gpu.md
 	@$(PY) -m pytest tests/gpu $(ARGS)

@@ -5,6 +5,7 @@ call gets a fresh gloo process group. A call that hangs is cut by its timeout; w
 died are replaced.
 """
 
+import gc
 import multiprocessing
 import os
 import pickle
@@ -131,6 +132,7 @@ def _serve(connection: Connection) -> None:
     import torch
 
     torch.set_num_threads(1)
+    gc.freeze()  # what is imported stays: `_call` collects what came after it
     connection.send_bytes(b"ready")
     while True:
         try:
@@ -149,6 +151,7 @@ def _call(
 ) -> Any:
     import torch.distributed as dist
     from megatron.core import parallel_state
+    from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
 
     timeout = timedelta(seconds=timeout_s)
     dist.init_process_group("gloo", init_method=url, rank=rank, world_size=world_size, timeout=timeout)
@@ -158,3 +161,7 @@ def _call(
         if parallel_state.is_initialized():
             parallel_state.destroy_model_parallel()
         dist.destroy_process_group()
+        # A gloo group ends with its last reference, and until then its threads take time from the calls to come: models
+        # hold theirs in cycles, and Megatron remembers the arguments of the last 32 rotary tables.
+        RotaryEmbedding.forward.cache_clear()
+        gc.collect()

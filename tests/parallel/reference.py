@@ -1,5 +1,7 @@
 """Tiny models as Hugging Face and checkpoint folders, and dense fp64 formulas on transformers' models."""
 
+import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +10,8 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from minitron.checkpoint.folder import WEIGHTS_DIR, read_model_config
+from minitron.checkpoint.store import CheckpointReader
 from minitron.config.model import ModelConfig
 from minitron.config.parallel import ParallelConfig
 from minitron.config.run import RandomModelConfig
@@ -84,6 +88,27 @@ def dense_kl(teacher: Path, student: Path, tokens_GS: Tensor) -> tuple[float, di
     loss = (log_p.exp() * (log_p - log_q)).sum(-1).mean()
     loss.backward()
     return loss.item(), {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+
+def norm_of(gradients: Mapping[str, Tensor]) -> float:
+    return math.sqrt(sum(float(gradient.norm()) ** 2 for gradient in gradients.values()))
+
+
+def assert_gradients(
+    folder: Path, student: Path, wanted: Mapping[str, Tensor], *, rel: float = 1e-4, vanishing: float = 0.0
+) -> None:
+    """The gradients that ranks left in a checkpoint folder are the wanted ones, each to ``rel`` of its norm.
+
+    One whose norm is below ``vanishing`` of the norm of all is compared with that (the keys' bias: softmax ignores a
+    shift).
+    """
+    reader = CheckpointReader(folder / WEIGHTS_DIR)
+    have = hf_tensors({key: reader.read(key) for key in reader.tensors}, read_model_config(student))
+    assert have.keys() == wanted.keys()
+    least = vanishing * norm_of(wanted)
+    for name, want in wanted.items():
+        error = float((have[name].double() - want).norm()) / max(float(want.norm()), least)
+        assert error < rel, f"{name}: relative error {error:.1e}"
 
 
 def hf_tensors(canonical: dict[str, Tensor], model: ModelConfig) -> dict[str, Tensor]:

@@ -7,10 +7,8 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
-from minitron.checkpoint.folder import WEIGHTS_DIR, read_model_config
-from minitron.checkpoint.store import CheckpointReader
+from minitron.checkpoint.folder import read_model_config
 from minitron.config.prune import PruneConfig
 from minitron.config.score import Aggregation
 from minitron.models.hf_export import export_model
@@ -20,7 +18,15 @@ from minitron.prune.slicer import apply_spec
 from tests.helpers.hf_experts import per_expert
 from tests.helpers.pool import WorkerPool
 from tests.parallel import workers
-from tests.parallel.reference import dense_kl, dense_logits, hf_tensors, layout, make_model, random_tokens
+from tests.parallel.reference import (
+    assert_gradients,
+    dense_kl,
+    dense_logits,
+    layout,
+    make_model,
+    norm_of,
+    random_tokens,
+)
 
 TOKENS_BS = random_tokens(2, 24, seed=3)
 FAMILIES: dict[str, dict[str, Any]] = {
@@ -117,18 +123,8 @@ def check_gradients(
     job = workers.Work.between(family.teacher, family.student, layout(*axes, sp=sp), tokens_NGT)
     results = pool.run(workers.first_gradients, math.prod(axes), job, tmp_path)
     assert loss > 0.05
-    norm = math.sqrt(sum(float(g.norm()) ** 2 for g in gradients.values()))
+    norm = norm_of(gradients)
     for result in results:
         assert result.step.loss == pytest.approx(loss, rel=1e-5)
         assert result.step.grad_norm == pytest.approx(norm, rel=1e-4)
-    reader = CheckpointReader(tmp_path / WEIGHTS_DIR)
-    ours = hf_tensors({key: reader.read(key) for key in reader.tensors}, read_model_config(job.student))
-    wanted = per_expert(gradients)
-    assert ours.keys() == wanted.keys()
-    for name, want in wanted.items():
-        assert relative_error(ours[name], want, norm) < 1e-4, name
-
-
-def relative_error(have: Tensor, want: Tensor, norm: float) -> float:
-    """Of a gradient; one that vanishes (the keys' bias: softmax ignores a shift) against the norm of all."""
-    return float((have.double() - want).norm() / max(float(want.norm()), 1e-4 * norm))
+    assert_gradients(tmp_path, job.student, per_expert(gradients), vanishing=1e-4)

@@ -17,7 +17,7 @@ from tests.helpers.pool import WorkerPool
 from tests.parallel import intermediate_workers as ours
 from tests.parallel import workers
 from tests.parallel.intermediate_reference import Dense, Pairs, dense_step
-from tests.parallel.reference import hf_tensors, layout, make_model, random_tokens
+from tests.parallel.reference import assert_gradients, layout, make_model, norm_of, random_tokens
 
 TOKENS_NGT = random_tokens(4, 4, 17, seed=3)
 
@@ -61,25 +61,18 @@ def work(teacher: Path, student: Path, *axes: int, group_size: int = 0) -> worke
 
 
 def check(results: list[ours.Gradients], folder: Path, student: Path, want: Dense) -> None:
-    squares = sum(float(g.norm()) ** 2 for g in want.gradients.values())
-    if want.projection is not None:
-        squares += float(want.projection.norm()) ** 2
+    projection = {} if want.projection is None else {"projection": want.projection}
+    norm = norm_of({**want.gradients, **projection})
     for result in results:
         assert result.terms == pytest.approx(want.terms, rel=2e-6)
-        assert result.grad_norm == pytest.approx(math.sqrt(squares), rel=1e-5)
+        assert result.grad_norm == pytest.approx(norm, rel=1e-5)
         if want.projection is None:
             assert result.projection is None
         else:
             assert result.projection is not None
             assert float((result.projection - want.projection).norm() / want.projection.norm()) < 1e-5
-    reader = CheckpointReader(folder / WEIGHTS_DIR)
-    assert not [key for key in reader.tensors if "training_only" in key]
-    canonical = {key: reader.read(key) for key in reader.tensors}
-    have = hf_tensors(canonical, read_model_config(student / "checkpoint"))
-    assert have.keys() == want.gradients.keys()
-    for name, gradient in want.gradients.items():
-        error = float((have[name].double() - gradient).norm() / gradient.norm())
-        assert error < 1e-4, f"{name}: relative error {error:.1e}"
+    assert not [key for key in CheckpointReader(folder / WEIGHTS_DIR).tensors if "training_only" in key]
+    assert_gradients(folder, student / "checkpoint", want.gradients)
 
 
 @pytest.mark.parametrize(

@@ -1,18 +1,15 @@
 """A step whose sequences are split over ranks is the step of one rank, for every loss and through the whole model."""
 
-import math
 from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
 
-from minitron.checkpoint.folder import WEIGHTS_DIR, read_model_config
-from minitron.checkpoint.store import CheckpointReader
 from minitron.config.parallel import ParallelConfig
 from tests.helpers.pool import WorkerPool
 from tests.parallel import workers
-from tests.parallel.reference import dense_kl, dense_logits, hf_tensors, layout, random_tokens
+from tests.parallel.reference import assert_gradients, dense_kl, dense_logits, layout, norm_of, random_tokens
 
 TOKENS_NGT = random_tokens(3, 4, 17)
 LAYOUTS = {
@@ -40,16 +37,11 @@ def test_first_gradients_are_those_of_the_dense_formula(
     loss, gradients = dense_kl(teacher / "hf", student / "hf", TOKENS_NGT[0, :, :-1])
     job = work(teacher, student, parallel)
     results = pool.run(workers.first_gradients, parallel.num_ranks, job, tmp_path)
-    norm = math.sqrt(sum(float(g.norm()) ** 2 for g in gradients.values()))
+    norm = norm_of(gradients)
     for result in results:
         assert result.step.loss == pytest.approx(loss, rel=1e-6)
         assert result.step.grad_norm == pytest.approx(norm, rel=1e-5)
-    reader = CheckpointReader(tmp_path / WEIGHTS_DIR)
-    ours = hf_tensors({key: reader.read(key) for key in reader.tensors}, read_model_config(job.student))
-    assert ours.keys() == gradients.keys()
-    for name, want in gradients.items():
-        error = float((ours[name].double() - want).norm() / want.norm())
-        assert error < 1e-5, f"{name}: relative error {error:.1e}"
+    assert_gradients(tmp_path, job.student, gradients, rel=1e-5)
 
 
 @pytest.fixture(scope="module", params=[False, True], ids=["distill", "train"])

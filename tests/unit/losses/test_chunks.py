@@ -1,0 +1,25 @@
+"""How many tokens a chunk has when nobody says."""
+
+import pytest
+import torch
+
+from minitron.losses.engine import choose_chunk_tokens
+from minitron.losses.vocab import VocabShard
+
+
+@pytest.mark.parametrize(
+    ("num_tokens", "vocab_size", "dtype", "chunk"),
+    [
+        (256, 131072, torch.bfloat16, 256),  # 64 MiB exactly: one
+        (272, 131072, torch.bfloat16, 144),  # two of 136, up to a multiple of 16
+        (256, 131072, torch.float32, 128),
+        (1024, 49152, torch.bfloat16, 512),  # 672 would fit, and leave a second of 352
+        (10_000, 49152, torch.bfloat16, 672),  # 15 chunks of 667
+        (7, 300, torch.float32, 16),
+        (0, 300, torch.float32, 16),
+        (40, 10**8, torch.float32, 16),  # never fewer, whatever the size
+    ],
+)
+def test_chunks_fit_and_are_of_one_length(num_tokens: int, vocab_size: int, dtype: torch.dtype, chunk: int) -> None:
+    hidden_TH = torch.empty(num_tokens, 4, dtype=dtype)
+    assert choose_chunk_tokens(None, hidden_TH, VocabShard.build(None, vocab_size, None)) == chunk
