@@ -17,8 +17,9 @@ setup: ## make .venv and install everything pinned in requirements.lock (PYTHON=
 demo: setup ## compress a real 135M model on this machine, ending with a report
 	@.venv/bin/minitron compress experiment=demo $(ARGS)
 
+# In the files' own order: the few and long tests of tests/e2e first, so that nothing long is left for the end.
 test: setup ## run the tests, in two processes
-	@$(PY) -m pytest --numprocesses 2 --dist loadfile $(ARGS)
+	@$(PY) -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 test-gpu: setup ## run the tests that need a GPU (and Transformer Engine); docs/gpu.md
 	@$(PY) -m pytest tests/gpu $(ARGS)
