@@ -35,6 +35,7 @@ MODELS = {
     "tied": replace(LLAMA, share_embeddings_and_output_weights=True),
     "biases": replace(LLAMA, architecture=Architecture.qwen2),
     "zero-centred norms": replace(LLAMA, architecture=Architecture.nemotron),
+    "experts": replace(LLAMA, architecture=Architecture.qwen3_moe, num_moe_experts=3, moe_router_topk=2),
 }
 LAYOUTS = {
     "tp2": ParallelConfig(tensor_model_parallel_size=2),
