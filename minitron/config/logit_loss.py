@@ -12,6 +12,19 @@ CUDA_BLOCK_BYTES = 64 * 2**20
 """Part of a chunk that a loss works on at a time on a GPU, in fp32."""
 
 
+def chunk_tokens(num_tokens: int, *, row_bytes: int, budget_bytes: int) -> int:
+    """Tokens per chunk of logits: a multiple of 16, all chunks of a length, so that no short one comes last.
+
+    Args:
+        num_tokens: Tokens in all.
+        row_bytes: One token's logits on this rank.
+        budget_bytes: Most bytes of a chunk, unless 16 tokens already have more.
+    """
+    most = max(16, budget_bytes // row_bytes // 16 * 16)
+    num_chunks = max(1, math.ceil(num_tokens / most))
+    return max(16, math.ceil(num_tokens / (16 * num_chunks)) * 16)
+
+
 class LogitLossKind(StrEnum):
     """The papers' losses on p = softmax(teacher / T) and q = softmax(student / T)."""
 

@@ -11,13 +11,13 @@ inputs are computed in fp64.
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from math import ceil
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from minitron.config import logit_loss
 from minitron.config.logit_loss import CUDA_BLOCK_BYTES, CUDA_CHUNK_BYTES
 from minitron.errors import ConfigError
 from minitron.losses.divergence import Block, Divergence, Scratch, Target
@@ -98,9 +98,8 @@ def choose_chunk_tokens(chunk_tokens: int | None, hidden_TH: Tensor, vocab: Voca
     """
     if chunk_tokens is None:
         budget = 64 * _MIB if hidden_TH.device.type == "cpu" else CUDA_CHUNK_BYTES
-        most = max(16, budget // (hidden_TH.dtype.itemsize * vocab.num_columns) // 16 * 16)
-        num_chunks = max(1, ceil(hidden_TH.shape[0] / most))
-        return max(16, ceil(hidden_TH.shape[0] / (16 * num_chunks)) * 16)  # all of a length: no short last one
+        row_bytes = hidden_TH.dtype.itemsize * vocab.num_columns
+        return logit_loss.chunk_tokens(hidden_TH.shape[0], row_bytes=row_bytes, budget_bytes=budget)
     if chunk_tokens < 1:
         raise ConfigError(f"chunk_tokens is {chunk_tokens}, expected at least 1, or None to choose by itself")
     return chunk_tokens

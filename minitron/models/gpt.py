@@ -89,7 +89,8 @@ def build_gpt(
         precision: Number formats.
         groups: This rank's process groups.
         device: ``cpu`` or ``cuda``.
-        initialize: Draw random weights (for training from scratch) instead of leaving them undefined.
+        initialize: Draw Megatron's random weights, which depend on the layout, instead of leaving them undefined. For
+            timings: a run from scratch starts from `minitron.models.random_weights`.
         local_spec: Use Megatron's own modules even on CUDA, without FP8. Scoring needs it: Transformer Engine fuses
             the norms into the linears, where no hook can see their output.
         vocab_rows: Rows of embedding and output layer over all tensor-parallel ranks, where another model decides;

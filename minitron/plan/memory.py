@@ -4,7 +4,7 @@ from dataclasses import dataclass, fields
 
 import numpy as np
 
-from minitron.config.logit_loss import CUDA_BLOCK_BYTES, CUDA_CHUNK_BYTES
+from minitron.config.logit_loss import CUDA_BLOCK_BYTES, CUDA_CHUNK_BYTES, chunk_tokens
 from minitron.config.model import ModelConfig
 from minitron.config.parallel import (
     ParallelConfig,
@@ -221,7 +221,7 @@ def _loss_bytes(
     """On a GPU: chunks of logits, fp32 blocks of them, gathered hidden states, and the gradients of both inputs."""
     tp, tokens, size = parallel.tensor_model_parallel_size, batches.tokens, DTYPE_BYTES[dtype]
     columns = padded_vocab_size(model.vocab_size, tp) // tp
-    chunk = min(tokens, max(16, CUDA_CHUNK_BYTES // (size * columns) // 16 * 16))
+    chunk = min(tokens, chunk_tokens(tokens, row_bytes=size * columns, budget_bytes=CUDA_CHUNK_BYTES))
     block = min(chunk, max(1, CUDA_BLOCK_BYTES // (_FP32 * columns)))
     is_dense = teacher is not None and teacher.model is not None
     casts = 0 if dtype is Dtype.fp32 else 1 + is_dense

@@ -74,16 +74,19 @@ def test_is_distributed_as_megatrons(pool: WorkerPool, tmp_path: Path, name: str
         assert abs(ours.std() / theirs.std() - 1) < 5 / sqrt(ours.numel()), key
 
 
+@pytest.fixture(scope="module")
+def one(pool: WorkerPool, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Tensor]:
+    return start(pool, tmp_path_factory.mktemp("one"), LLAMA, ParallelConfig())
+
+
 @pytest.mark.parametrize("name", LAYOUTS)
-def test_is_the_same_at_every_layout(pool: WorkerPool, tmp_path: Path, name: str) -> None:
-    one = start(pool, tmp_path / "one", LLAMA, ParallelConfig())
+def test_is_the_same_at_every_layout(pool: WorkerPool, tmp_path: Path, one: dict[str, Tensor], name: str) -> None:
     other = start(pool, tmp_path / "other", LLAMA, LAYOUTS[name])
     for key, tensor in one.items():
         assert torch.equal(other[key][: len(tensor)], tensor), key  # further rows of an embedding are padding
 
 
-def test_seeds_and_places_draw_their_own(pool: WorkerPool, tmp_path: Path) -> None:
-    one = start(pool, tmp_path / "one", LLAMA, ParallelConfig())
+def test_seeds_and_places_draw_their_own(pool: WorkerPool, tmp_path: Path, one: dict[str, Tensor]) -> None:
     other = start(pool, tmp_path / "other", LLAMA, ParallelConfig(), seed=4)
     qkv = "decoder.layers.self_attention.linear_qkv.weight"
     drawn = [*one[qkv], *other[qkv], one["embedding.word_embeddings.weight"], one["output_layer.weight"]]
