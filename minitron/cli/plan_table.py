@@ -25,6 +25,7 @@ _ITEMS = {
     "teacher": "teacher's parameters",
     "stash": "teacher's states that wait",
     "loss": "logits chunks, loss",
+    "fp8_weights": "FP8 copies of weights",
     "total": "total",
 }
 
@@ -34,7 +35,7 @@ def print_plan(plan: Plan, config: RunConfig, origin: str, console: Console) -> 
     ranks, settings = config.parallel.num_ranks, config.plan
     nodes = math.ceil(ranks / settings.gpus_per_node)
     console.print(f"{config.name}: {config.parallel.arithmetic()} ranks", highlight=False)
-    console.print(f"{nodes} x {settings.gpus_per_node} {settings.gpu} GPUs, {config.precision.dtype}", highlight=False)
+    console.print(f"{nodes} x {settings.gpus_per_node} {settings.gpu} GPUs, {config.precision.label}", highlight=False)
     console.print(f"shape: {origin}\n", highlight=False)
     console.print(_models(plan))
     for item in plan.passes:
@@ -89,6 +90,8 @@ def _memory(item: PlannedPass, config: RunConfig) -> Table:
     headings = [f"stage {first}" if first == last else f"stages {first}-{last}" for first, last, _ in stages]
     table = _table(title, "", *headings)
     for name, label in _ITEMS.items():
+        if name == "fp8_weights" and not any(memory.fp8_weights for _, _, memory in stages):
+            continue
         values = [getattr(memory, name) / _GB for _, _, memory in stages]
         table.add_row(label, *(f"{value:.3f}" for value in values), style="bold" if name == "total" else None)
     return table

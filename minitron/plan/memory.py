@@ -1,5 +1,6 @@
 """Memory of one rank while a model is trained, item by item. `docs/plan.md` has every formula."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 
 import numpy as np
@@ -13,7 +14,7 @@ from minitron.config.parallel import (
     layers_per_stage,
     padded_vocab_size,
 )
-from minitron.config.precision import Dtype
+from minitron.config.precision import Dtype, PrecisionConfig
 from minitron.models.axes import OUTPUT_LAYER_KEY, Dim, ParamAxes, global_shape, layer_shape, params_of
 
 DTYPE_BYTES = {Dtype.fp32: 4, Dtype.bf16: 2}
@@ -34,6 +35,7 @@ class StageMemory:
         teacher: Weights of the teacher.
         stash: What the teacher leaves for the micro-batches that wait.
         loss: Chunks of logits, work memory of the loss, and the gradients it makes in its forward pass.
+        fp8_weights: FP8 copies of both models' linears, which Transformer Engine keeps beside the weights.
     """
 
     parameters: float
@@ -43,6 +45,7 @@ class StageMemory:
     teacher: float = 0.0
     stash: float = 0.0
     loss: float = 0.0
+    fp8_weights: float = 0.0
 
     @property
     def total(self) -> float:
@@ -70,7 +73,7 @@ class BesideTeacher:
     Attributes:
         model: Its architecture; None where it is read from a cache.
         parallel: Its layout.
-        dtype: Its number format.
+        precision: Its number formats.
         is_own_layout: Whether the layout is not the student's; then its states arrive as whole sequences.
         state_bytes: Bytes that it leaves for one token on the ranks of the last stage: final state, or cached entries.
         inner_bytes: Bytes of intermediate states for one token on the ranks of each of the student's stages.
@@ -78,7 +81,7 @@ class BesideTeacher:
 
     model: ModelConfig | None
     parallel: ParallelConfig
-    dtype: Dtype
+    precision: PrecisionConfig
     is_own_layout: bool
     state_bytes: float
     inner_bytes: tuple[float, ...]
@@ -120,18 +123,23 @@ def _rank_numel(param: ParamAxes, model: ModelConfig, tp: int, vocab_rows: int) 
 
 
 def training_memory(
-    model: ModelConfig, parallel: ParallelConfig, dtype: Dtype, batches: Batches, teacher: BesideTeacher | None = None
+    model: ModelConfig,
+    parallel: ParallelConfig,
+    precision: PrecisionConfig,
+    batches: Batches,
+    teacher: BesideTeacher | None = None,
 ) -> list[StageMemory]:
     """Memory of every pipeline stage while a model is trained.
 
     Args:
         model: The model that is trained.
         parallel: Its layout.
-        dtype: Its number format.
+        precision: Its number formats.
         batches: What a rank sees of a step.
         teacher: The teacher beside it; None for cross-entropy training.
     """
-    numels = stage_parameters(model, parallel)
+    dtype, numels = precision.dtype, stage_parameters(model, parallel)
+    fp8_weights = _fp8_weights(model, parallel, precision, is_trained=True)
     shards = parallel.data_parallel_size * parallel.context_parallel_size
     adam_bytes = 2 * _FP32 + (0 if dtype is Dtype.fp32 else _FP32)
     last = len(numels) - 1
@@ -144,9 +152,30 @@ def training_memory(
             teacher=_teacher_bytes(teacher, model, parallel, stage) if teacher else 0.0,
             stash=_stash_bytes(teacher, batches, stage, is_last=stage == last) if teacher else 0.0,
             loss=_loss_bytes(model, parallel, dtype, batches, teacher) if stage == last else 0.0,
+            fp8_weights=fp8_weights[stage] + (_teacher_fp8_bytes(teacher, parallel, stage) if teacher else 0.0),
         )
         for stage, numel in enumerate(numels)
     ]
+
+
+def _fp8_weights(
+    model: ModelConfig, parallel: ParallelConfig, precision: PrecisionConfig, *, is_trained: bool
+) -> list[float]:
+    """Bytes of the FP8 copies of the layers' linears on each rank of every pipeline stage.
+
+    One for the forward pass and, where the model is trained, its transpose for the backward pass, a byte an element
+    (scaling factors, at most a thirty-second of that, are left out). Transformer Engine makes them once a step.
+    """
+    stages = layers_per_stage(model.num_layers, parallel)
+    if precision.fp8 is None:
+        return [0.0] * len(stages)
+    if precision.first_last_layers_bf16:
+        stages[0] -= precision.num_layers_at_start_in_bf16
+        stages[-1] -= precision.num_layers_at_end_in_bf16
+    tp, copies = parallel.tensor_model_parallel_size, 2 if is_trained else 1
+    linears = (p for p in params_of(model) if p.stacked and len(p.dims) > 1 and _SPLIT_OVER_TP & set(p.dims))
+    layer = sum(_rank_numel(param, model, tp, model.vocab_size) for param in linears)
+    return [float(copies * layer * max(0, layers)) for layers in stages]
 
 
 def layer_elements(model: ModelConfig, parallel: ParallelConfig) -> float:
@@ -204,10 +233,23 @@ def _teacher_bytes(teacher: BesideTeacher, student: ModelConfig, parallel: Paral
         return 0.0
     rows = padded_vocab_size(student.vocab_size, parallel.tensor_model_parallel_size)
     numels = stage_parameters(teacher.model, teacher.parallel, vocab_rows=None if teacher.is_own_layout else rows)
-    # Ranks are numbered stage by stage: a stage of the student lies on one or more of the teacher's.
-    stages = parallel.pipeline_model_parallel_size
-    first, end = stage * len(numels) // stages, -(-(stage + 1) * len(numels) // stages)
-    return DTYPE_BYTES[teacher.dtype] * float(max(numels[first:end]))
+    return DTYPE_BYTES[teacher.precision.dtype] * float(_most_of_stage(numels, parallel, stage))
+
+
+def _teacher_fp8_bytes(teacher: BesideTeacher, parallel: ParallelConfig, stage: int) -> float:
+    if teacher.model is None:
+        return 0.0
+    copies = _fp8_weights(teacher.model, teacher.parallel, teacher.precision, is_trained=False)
+    return _most_of_stage(copies, parallel, stage)
+
+
+def _most_of_stage(of_teacher: Sequence[float], parallel: ParallelConfig, stage: int) -> float:
+    """Largest value of the teacher's stages on the ranks of one of the student's.
+
+    Ranks are numbered stage by stage: a stage of the student lies on one or more of the teacher's.
+    """
+    stages, number = parallel.pipeline_model_parallel_size, len(of_teacher)
+    return max(of_teacher[stage * number // stages : -(-(stage + 1) * number // stages)])
 
 
 def _stash_bytes(teacher: BesideTeacher, batches: Batches, stage: int, *, is_last: bool) -> float:

@@ -184,7 +184,7 @@ def _training(
         teacher_flops=tokens * forward_flops(teacher.model, length).total if teacher and teacher.model else 0.0,
         microbatches=microbatches,
         bubble=idle / (idle + group),
-        memory=tuple(training_memory(model, parallel, config.precision.dtype, batches, teacher)),
+        memory=tuple(training_memory(model, parallel, config.precision, batches, teacher)),
     )
 
 
@@ -193,15 +193,17 @@ def _beside(
 ) -> BesideTeacher:
     """The teacher as the student's ranks have it."""
     parallel = config.parallel
-    dtype = config.distill.teacher.dtype or config.precision.dtype
+    settings = config.distill.teacher
+    precision = settings.precision(config.precision)
+    dtype = precision.dtype
     nothing = (0.0,) * parallel.pipeline_model_parallel_size
-    if config.distill.teacher.source is TeacherSource.cached:
+    if settings.source is TeacherSource.cached:
         entry = _SAMPLED_ENTRY_BYTES * config.teacher_logits.max_entries + 4
-        return BesideTeacher(None, parallel, dtype, False, entry, nothing)
+        return BesideTeacher(None, parallel, precision, False, entry, nothing)
     is_own = own_layout(config.distill, parallel) is not None
     inner = nothing if is_own else _inner_bytes(config, student, teacher, dtype)
     state = DTYPE_BYTES[dtype] * teacher.hidden_size / (1 if is_own else sequence_parts(parallel))
-    return BesideTeacher(teacher, teacher_parallel, dtype, is_own, state, inner)
+    return BesideTeacher(teacher, teacher_parallel, precision, is_own, state, inner)
 
 
 def _inner_bytes(config: RunConfig, student: ModelConfig, teacher: ModelConfig, dtype: Dtype) -> tuple[float, ...]:

@@ -5,7 +5,6 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
-from minitron.config.precision import Dtype
 from minitron.eval.logits import model_logits
 from minitron.parallel.groups import Groups
 from minitron.train.step import train_step
@@ -86,11 +85,11 @@ def test_peak_memory_is_what_plan_says(groups: Groups) -> None:
     beside = plan.BesideTeacher(
         model=teacher_model,
         parallel=ONE_RANK,
-        dtype=Dtype.bf16,
+        precision=BF16,
         is_own_layout=False,
         state_bytes=2.0 * teacher_model.hidden_size,
         inner_bytes=(0.0,),
     )
     tokens = plan.Batches(tokens=2 * length, group=number)
-    [planned] = plan.training_memory(student_model, ONE_RANK, Dtype.bf16, tokens, beside)
+    [planned] = plan.training_memory(student_model, ONE_RANK, BF16, tokens, beside)
     assert peak == pytest.approx(planned.total, rel=0.10), planned

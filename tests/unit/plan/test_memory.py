@@ -7,7 +7,7 @@ import pytest
 from minitron.config.logit_loss import CUDA_CHUNK_BYTES
 from minitron.config.model import Architecture, ModelConfig
 from minitron.config.parallel import ParallelConfig, RecomputeGranularity, RecomputeMethod, layers_per_stage
-from minitron.config.precision import Dtype
+from minitron.config.precision import Dtype, Fp8Format, Fp8Recipe, PrecisionConfig
 from minitron.models.axes import num_parameters
 from minitron.plan.flops import forward_flops
 from minitron.plan.memory import (
@@ -36,6 +36,8 @@ MODEL = ModelConfig(
     rotary_base=10000.0,
 )
 TIED = replace(MODEL, vocab_size=256, share_embeddings_and_output_weights=True)
+
+FP32, BF16 = (PrecisionConfig(dtype=dtype) for dtype in Dtype)
 
 
 def layout(tp: int = 1, pp: int = 1, dp: int = 1, **settings: object) -> ParallelConfig:
@@ -76,7 +78,7 @@ def test_parameters_of_all_ranks_are_the_models(model: ModelConfig) -> None:
 def test_megatron_holds_what_is_planned(
     pool: WorkerPool, model: ModelConfig, parallel: ParallelConfig, dtype: Dtype
 ) -> None:
-    planned = training_memory(model, parallel, dtype, Batches(8, 1))
+    planned = training_memory(model, parallel, PrecisionConfig(dtype=dtype), Batches(8, 1))
     layers = layers_per_stage(model.num_layers, parallel)
     for held in pool.run(workers.held, parallel.num_ranks, model, parallel, dtype):
         expected = planned[held.stage]
@@ -103,9 +105,9 @@ def test_activations_by_hand() -> None:
     assert layer_elements(NEMOTRON, layout()) == 512 + 640 + 512  # without a gate
     assert layer_elements(MODEL, layout(tp=2)) == 512 + (640 + 768) / 2
     assert layer_elements(MODEL, layout(tp=2, sequence_parallel=True)) == (512 + 640 + 768) / 2
-    [one] = training_memory(MODEL, layout(), Dtype.bf16, Batches(10, 4))
+    [one] = training_memory(MODEL, layout(), BF16, Batches(10, 4))
     assert one.activations == 10 * 2 * (3 * 1920 + 2 * 128)  # and both ends of the final norm
-    first, last = training_memory(MODEL, layout(pp=2), Dtype.bf16, Batches(10, 4))
+    first, last = training_memory(MODEL, layout(pp=2), BF16, Batches(10, 4))
     assert first.activations == 2 * 10 * 2 * 2 * 1920  # two micro-batches of two layers wait
     assert last.activations == 10 * 2 * (1920 + 2 * 128)
 
@@ -115,7 +117,7 @@ def test_activations_that_are_computed_again() -> None:
         again = layout(
             recompute_granularity=RecomputeGranularity.full, recompute_method=method, recompute_num_layers=number
         )
-        [memory] = training_memory(MODEL, again, Dtype.bf16, Batches(1, 1))
+        [memory] = training_memory(MODEL, again, BF16, Batches(1, 1))
         return memory.activations / 2 - 2 * 128
 
     assert kept(RecomputeMethod.uniform, 1) == 3 * 128 + 1920
@@ -140,28 +142,43 @@ def test_passes_in_flight(parallel: ParallelConfig, group: int, expected: list[i
 def test_teacher_and_its_states_by_hand() -> None:
     student = replace(MODEL, num_layers=2, hidden_size=64)
     parallel = layout(tp=2, pp=2, dp=3, sequence_parallel=True)
-    teacher = BesideTeacher(MODEL, parallel, Dtype.bf16, False, state_bytes=2 * 128 / 2, inner_bytes=(0.0, 10.0))
-    first, last = training_memory(student, parallel, Dtype.bf16, Batches(100, 5), teacher)
+    teacher = BesideTeacher(MODEL, parallel, BF16, False, state_bytes=2 * 128 / 2, inner_bytes=(0.0, 10.0))
+    first, last = training_memory(student, parallel, BF16, Batches(100, 5), teacher)
     assert [first.teacher, last.teacher] == [2 * numel for numel in stage_parameters(MODEL, parallel)]
     assert (first.stash, last.stash) == (0.0, 5 * 100 * (128 + 10))
     assert (first.loss, first.optimizer) == (0.0, 12 * stage_parameters(student, parallel)[0] / 3)
 
     # In a layout of its own the same ranks hold other stages: the student's first the teacher's first two.
     own = replace(teacher, parallel=layout(pp=3, dp=4), is_own_layout=True)
-    first, last = training_memory(student, layout(tp=2, pp=2, dp=3), Dtype.bf16, Batches(100, 5), own)
+    first, last = training_memory(student, layout(tp=2, pp=2, dp=3), BF16, Batches(100, 5), own)
     held = [2 * numel for numel in stage_parameters(MODEL, layout(pp=3, dp=4))]
     assert (first.teacher, last.teacher) == (max(held[:2]), max(held[1:]))
 
 
 def test_loss_by_hand() -> None:
-    teacher = BesideTeacher(MODEL, layout(), Dtype.bf16, False, 256.0, (0.0,))
+    teacher = BesideTeacher(MODEL, layout(), BF16, False, 256.0, (0.0,))
     student = replace(MODEL, hidden_size=64)
-    [few] = training_memory(student, layout(), Dtype.bf16, Batches(100, 1), teacher)
+    [few] = training_memory(student, layout(), BF16, Batches(100, 1), teacher)
     # A chunk of each model's logits, four fp32 blocks; hidden states and gradient 2 x 64 + 128; the weight's gradient.
     assert few.loss == 255 * (2 * 100 * 2 + 4 * 100 * 4) + 100 * 2 * 256 + 255 * 64 * 2
     wide = replace(student, vocab_size=2**17)
-    [many] = training_memory(wide, layout(), Dtype.bf16, Batches(2**14, 1), teacher)
+    [many] = training_memory(wide, layout(), BF16, Batches(2**14, 1), teacher)
     chunks = 2 * CUDA_CHUNK_BYTES + 4 * 64 * 2**20
     assert many.loss == chunks + 2**14 * 2 * 256 + 2**17 * 64 * (4 + 2)
-    [alone] = training_memory(student, layout(), Dtype.fp32, Batches(100, 1))  # with one block: its softmax
+    [alone] = training_memory(student, layout(), FP32, Batches(100, 1))  # with one block: its softmax
     assert alone.loss == 255 * 100 * (4 + 4) + 100 * 4 * 128 + 255 * 64 * 4
+
+
+def test_fp8_copies_by_hand() -> None:
+    fp8 = PrecisionConfig(dtype=Dtype.bf16, fp8=Fp8Format.hybrid, fp8_recipe=Fp8Recipe.tensorwise)
+    # qkv (256 + 2 x 64) and projection of 256, gate and up of 2 x 256 and down of 256, all by 128.
+    layer = 128 * (384 + 256 + 512 + 256)
+    [memory] = training_memory(MODEL, layout(), fp8, Batches(1, 1))
+    assert memory.fp8_weights == 3 * 2 * layer  # for the forward and for the backward pass
+    assert memory.total == training_memory(MODEL, layout(), BF16, Batches(1, 1))[0].total + memory.fp8_weights
+    ends = replace(fp8, first_last_layers_bf16=True)
+    held = training_memory(replace(MODEL, num_layers=6), layout(tp=2, pp=3), ends, Batches(1, 1))
+    assert [stage.fp8_weights for stage in held] == [layer, 2 * layer, layer]  # two layers a stage, an end in bf16
+    # A bf16 student beside a teacher in FP8, which has no backward pass.
+    teacher = BesideTeacher(MODEL, layout(), fp8, False, 256.0, (0.0,))
+    assert training_memory(MODEL, layout(), BF16, Batches(1, 1), teacher)[0].fp8_weights == 3 * layer
