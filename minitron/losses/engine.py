@@ -78,10 +78,10 @@ def linear_loss(hidden_TH: Tensor, weight_vH: Tensor, job: Job[Any]) -> Tensor:
     return loss
 
 
-def logits_loss(logits_Tv: Tensor, job: Job[Any]) -> Tensor:
-    """Weighted loss of logits that exist already."""
+def logits_loss(logits_Tv: Tensor, job: Job[Any], *, overwrite: bool) -> Tensor:
+    """Weighted loss of logits that exist already; ``overwrite`` puts their gradient into their memory."""
     needs_grad = torch.is_grad_enabled() and logits_Tv.requires_grad
-    loss: Tensor = _LogitsLoss.apply(logits_Tv, job, needs_grad)  # type: ignore[no-untyped-call]
+    loss: Tensor = _LogitsLoss.apply(logits_Tv, job, needs_grad, overwrite)  # type: ignore[no-untyped-call]
     return loss
 
 
@@ -150,11 +150,12 @@ class _LinearLoss(torch.autograd.Function):
 
 class _LogitsLoss(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, logits_Tv: Tensor, job: Job[Any], needs_grad: bool) -> Tensor:
+    def forward(ctx: Any, logits_Tv: Tensor, job: Job[Any], needs_grad: bool, overwrite: bool) -> Tensor:
         valid_Tv = logits_Tv[:, : job.vocab.num_valid]
         grad_Tv = grad_valid_Tv = None
         if needs_grad:
-            grad_Tv = torch.empty_like(logits_Tv)
+            # Detached, it counts as the same tensor: autograd refuses whoever saved the logits for a backward pass.
+            grad_Tv = logits_Tv.detach() if overwrite else torch.empty_like(logits_Tv)
             grad_Tv[:, job.vocab.num_valid :] = 0
             grad_valid_Tv = grad_Tv[:, : job.vocab.num_valid]
         loss = _block_loss(job, valid_Tv, job.target(slice(None)), grad_valid_Tv, job.weight_T)
@@ -165,7 +166,7 @@ class _LogitsLoss(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
         (grad_Tv,) = ctx.saved_tensors
-        return None if grad_Tv is None else _scale(grad_Tv, grad_loss), None, None
+        return None if grad_Tv is None else _scale(grad_Tv, grad_loss), None, None, None
 
 
 def _block_loss[T: Target](

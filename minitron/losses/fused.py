@@ -180,11 +180,12 @@ def logits_distillation(
     vocab_size: int | None = None,
     tp_group: dist.ProcessGroup | None = None,
     token_weights_T: Tensor | None = None,
+    overwrite_student: bool = False,
 ) -> Tensor:
     """Weighted sum of the tokens' divergence between teacher and student, from logits that exist already.
 
-    The student's gradient, complete for these columns, is the only large allocation. The teacher
-    and the token weights get no gradient.
+    The student's gradient, complete for these columns, is the only large allocation, and with
+    ``overwrite_student`` there is none. The teacher and the token weights get no gradient.
 
     Args:
         student_logits_Tv: this rank's columns of the student's logits, finite.
@@ -194,6 +195,9 @@ def logits_distillation(
             out and get zero gradient.
         tp_group: tensor-parallel group, None for a single rank.
         token_weights_T: weight of each token; None is 1 for all.
+        overwrite_student: put the gradient into the memory of the student's logits, for a caller who does
+            not read them afterwards; autograd refuses a backward pass that would. Nothing is written where no
+            gradient is asked for.
 
     Returns:
         Scalar, fp32 (fp64 for fp64 students); divergences are in nats.
@@ -214,4 +218,4 @@ def logits_distillation(
     teacher_logits_Tv = teacher_logits_Tv.detach()[:, : vocab.num_valid]
     weight_T = token_weights(token_weights_T, student_logits_Tv)
     job = Job(select(loss, vocab), teacher_logits_Tv.__getitem__, weight_T, vocab, student_logits_Tv.shape[0])
-    return logits_loss(student_logits_Tv, job)
+    return logits_loss(student_logits_Tv, job, overwrite=overwrite_student)

@@ -4,7 +4,7 @@ Forward and backward of the forward KL at temperature 1, summed over the tokens.
 
 Logits given: ModelOpt's loss for Megatron models (`LogitsKLLoss`) and torchtune's `ForwardKLLoss`, whole and in its
 8 chunks. torchtune's loss lacks the teacher's entropy, a constant: its gradient is the same and is compared with ours,
-as every peer's is.
+as every peer's is. Ours puts the gradient into memory of its own and, in a second table, in place of the logits.
 
 Output layers included: Liger's fused linear distillation loss (`LigerFusedLinearJSDLoss` at beta 0, the one of its
 fused losses that is plain PyTorch and runs on a CPU), as it is and compiled, which is its default. Its cross-entropy
@@ -54,11 +54,19 @@ class Peers:
 
 @dataclass(frozen=True)
 class Side:
-    """One loss: its call, the tensors that get a gradient, and the factor that makes a sum over tokens of its loss."""
+    """A loss.
+
+    Attributes:
+        loss: its call.
+        leaves: the tensors that get a gradient.
+        factor: what makes a sum over tokens of the loss.
+        before: what each call needs first, not timed.
+    """
 
     loss: Callable[[], Tensor]
     leaves: list[Tensor]
     factor: float = 1.0
+    before: Callable[[], object] = lambda: None
 
     def run(self) -> list[Tensor]:
         """Forward and backward; the gradients."""
@@ -92,7 +100,9 @@ def load_peers(folder: Path) -> Peers | None:
     )
 
 
-def logits_given(peers: Peers, num_tokens: int, vocab_size: int, dtype: torch.dtype) -> dict[str, Side]:
+def logits_given(
+    peers: Peers, num_tokens: int, vocab_size: int, dtype: torch.dtype, *, overwrite: bool
+) -> dict[str, Side]:
     generator = torch.Generator().manual_seed(0)
     student_TV, teacher_TV = (torch.randn(num_tokens, vocab_size, generator=generator).to(dtype) for _ in range(2))
     student_TV.requires_grad_()
@@ -104,8 +114,17 @@ def logits_given(peers: Peers, num_tokens: int, vocab_size: int, dtype: torch.dt
         loss_BS: Tensor = peers.modelopt(student_TV[:, None], teacher_TV[:, None])[0]
         return loss_BS.sum()
 
+    mine_TV = student_TV.detach().clone().requires_grad_() if overwrite else student_TV
+
+    def ours() -> Tensor:
+        return logits_distillation(mine_TV, teacher_TV, loss=LogitLossConfig(), overwrite_student=overwrite)
+
+    def restore() -> None:
+        if overwrite:
+            mine_TV.detach().copy_(student_TV)
+
     return {
-        OURS: Side(lambda: logits_distillation(student_TV, teacher_TV, loss=LogitLossConfig()), [student_TV]),
+        OURS: Side(ours, [mine_TV], before=restore),
         "ModelOpt": Side(modelopt, [student_TV]),
         "torchtune": Side(lambda: peers.torchtune(student_TV, teacher_TV, labels_T, normalize=False), [student_TV]),
         "torchtune, 8 chunks": Side(
@@ -161,6 +180,7 @@ def products(side: Side, num_tokens: int, vocab_size: int, widths: tuple[int, in
 
 def compare_gradients(sides: dict[str, Side]) -> dict[str, float]:
     """Relative difference between each peer's gradient and ours: all compute the same loss."""
+    sides[OURS].before()
     ours = torch.cat([grad.flatten() for grad in sides[OURS].run()])
     norm = ours.float().norm()
     differences = {}
@@ -185,7 +205,7 @@ def report(title: str, sides: dict[str, Side], num_tokens: int, vocab_size: int,
     if len(sides[OURS].leaves) == 2:
         cases[FLOOR] = products(sides[OURS], num_tokens, vocab_size, (args.hidden, args.teacher_hidden))
         cases[FLOOR]()
-    seconds = in_turn(cases, args.repeats)
+    seconds = in_turn(cases, args.repeats, {name: side.before for name, side in sides.items()})
     for name, times in seconds.items():
         table.add_row(
             name,
@@ -219,9 +239,11 @@ def main() -> None:
     for size in args.sizes:
         num_tokens, vocab_size = (int(part) for part in size.split("x"))
         for dtype in (torch.float32, torch.bfloat16):
-            sides = logits_given(peers, num_tokens, vocab_size, dtype)
-            console.print(report("logits given", sides, num_tokens, vocab_size, args))
-            del sides  # before the next ones are made
+            for overwrite in (False, True):
+                sides = logits_given(peers, num_tokens, vocab_size, dtype, overwrite=overwrite)
+                title = "logits given" + (", our gradient in their place" if overwrite else "")
+                console.print(report(title, sides, num_tokens, vocab_size, args))
+                del sides  # before the next ones are made
             sides = with_output_layers(peers, num_tokens, vocab_size, dtype, widths)
             console.print(report("output layers too", sides, num_tokens, vocab_size, args))
             del sides

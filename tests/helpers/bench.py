@@ -8,6 +8,7 @@ import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 Case = Callable[[], Any]
@@ -36,11 +37,18 @@ class Ratio:
         return f"{self.median:.2f} ({self.low:.2f} to {self.high:.2f})"
 
 
-def in_turn(cases: Mapping[str, Case], repeats: int) -> dict[str, list[float]]:
-    """Seconds of each case, ``repeats`` times; every round runs all of them, forwards and backwards by turns."""
+def in_turn(
+    cases: Mapping[str, Case], repeats: int, before: Mapping[str, Case] = MappingProxyType({})
+) -> dict[str, list[float]]:
+    """Seconds of each case, ``repeats`` times; every round runs all of them, forwards and backwards by turns.
+
+    ``before`` has what some of them need first, which is not timed.
+    """
     seconds: dict[str, list[float]] = {name: [] for name in cases}
     for number in range(repeats):
         for name in reversed(cases) if number % 2 else cases:
+            if name in before:
+                before[name]()
             start = time.perf_counter()
             cases[name]()
             seconds[name].append(time.perf_counter() - start)

@@ -1,6 +1,7 @@
 """Every loss of the config against its definition in fp64, values and gradients."""
 
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -54,6 +55,47 @@ def test_from_logits_is_the_dense_formula(loss: LogitLossConfig) -> None:
     want = loss_and_grads(dense_from_logits(case, loss), student_TV)
     assert_close(have, want, rtol=1e-11, atol=1e-13)
     assert_close((student_TV, teacher_TV), before, rtol=0, atol=0)
+
+
+@every_loss
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_the_gradient_may_take_the_logits_place(loss: LogitLossConfig, dtype: torch.dtype) -> None:
+    case = make_case(dtype=dtype)
+    teacher_TV = case.teacher_logits_TV.clone()
+    made: list[torch.Tensor] = []
+
+    def of_layer(hidden_TH: torch.Tensor, weight_VH: torch.Tensor, *, overwrite: bool) -> torch.Tensor:
+        made.append(hidden_TH @ weight_VH.T)
+        made[-1].register_hook(made.append)
+        return 3 * logits_distillation(
+            made[-1],
+            case.teacher_logits_TV,
+            loss=loss,
+            vocab_size=case.vocab_size,
+            token_weights_T=case.token_weights_T,
+            overwrite_student=overwrite,
+        )
+
+    student = (case.student_hidden_TH, case.student_weight_VH)
+    want = loss_and_grads(partial(of_layer, overwrite=False), *student)
+    assert made[0].data_ptr() != made[1].data_ptr()
+    have = loss_and_grads(partial(of_layer, overwrite=True), *student)
+    assert made[2].data_ptr() == made[3].data_ptr()
+    assert_close(have, want, rtol=0, atol=0)
+    assert_close(case.teacher_logits_TV, teacher_TV, rtol=0, atol=0)
+
+
+def test_overwritten_logits_are_not_read_again() -> None:
+    case = make_case()
+    weight_VH = case.student_weight_VH.requires_grad_()
+    logits_TV = case.student_hidden_TH @ weight_VH.T
+    before_TV, squares = logits_TV.detach().clone(), logits_TV.square().sum()  # which saves the logits
+    with torch.no_grad():
+        logits_distillation(logits_TV, case.teacher_logits_TV, loss=LogitLossConfig(), overwrite_student=True)
+    assert_close(logits_TV, before_TV, rtol=0, atol=0)
+    loss = logits_distillation(logits_TV, case.teacher_logits_TV, loss=LogitLossConfig(), overwrite_student=True)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        (loss + squares).backward()
 
 
 @every_loss
