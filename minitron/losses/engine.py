@@ -44,6 +44,10 @@ class _Workspace:
             self._kept[key] = like.new_empty(numel)
         return self._kept[key][:numel].view(shape)
 
+    def release(self) -> None:
+        """Let go of the memory that is kept; the next call takes new."""
+        self._kept.clear()
+
 
 workspace = _Workspace()
 

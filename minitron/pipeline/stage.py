@@ -16,6 +16,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from minitron.config.run import RunConfig
 from minitron.errors import ArtefactError, MinitronError, StoppedError
+from minitron.losses import workspace
 from minitron.runtime.artefact import PARTIAL_DIR, RunFolder, StageIdentity, storage_error
 from minitron.runtime.environment import environment
 from minitron.runtime.signals import any_rank_was_asked
@@ -178,6 +179,7 @@ def run_stages(planned: Sequence[Planned], session: "Session") -> None:
 
 def _give_back_memory() -> None:
     """Free what a stage has left: models and optimizers hold cycles, and allocators keep what is freed."""
+    workspace.release()
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()

@@ -1,8 +1,11 @@
-"""How many tokens a chunk has when nobody says."""
+"""How many tokens a chunk of logits has when nobody says, and how long its memory is kept."""
+
+import weakref
 
 import pytest
 import torch
 
+from minitron.losses import workspace
 from minitron.losses.engine import choose_chunk_tokens
 from minitron.losses.vocab import VocabShard
 
@@ -23,3 +26,15 @@ from minitron.losses.vocab import VocabShard
 def test_chunks_fit_and_are_of_one_length(num_tokens: int, vocab_size: int, dtype: torch.dtype, chunk: int) -> None:
     hidden_TH = torch.empty(num_tokens, 4, dtype=dtype)
     assert choose_chunk_tokens(None, hidden_TH, VocabShard.build(None, vocab_size, None)) == chunk
+
+
+def test_chunks_are_kept_until_released() -> None:
+    like = torch.empty(0)
+    workspace.release()
+    first = workspace.chunk("student", (4, 8), like)
+    kept, place = weakref.ref(first._base), first.data_ptr()
+    del first
+    assert workspace.chunk("student", (8, 3), like).data_ptr() == place
+    assert kept() is not None
+    workspace.release()
+    assert kept() is None
