@@ -4,18 +4,14 @@ import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
-from minitron.config.data import DataConfig, DataSource
-from minitron.config.distill import DistillConfig, TeacherConfig, TeacherSource
-from minitron.config.logit_loss import LogitLossConfig, TopKRest
-from minitron.config.run import RunConfig
-from minitron.config.teacher_logits import CacheMethod, TeacherLogitsConfig
-from minitron.config.train import TrainConfig
+from minitron.config.distill import TeacherSource
+from minitron.config.logit_loss import TopKRest
+from minitron.config.teacher_logits import CacheMethod
 from minitron.data.build import build_dataset
 from minitron.data.loader import TrainBatches
 from minitron.distill.cache_format import LogitCache
@@ -25,9 +21,9 @@ from minitron.errors import ArtefactError, ModelError
 from minitron.losses import SparseTarget, linear_sparse_kl
 from tests.helpers.pool import PoolError, WorkerPool
 from tests.parallel.cached_workers import Job, distill_steps, write_cache
+from tests.parallel.jobs import GLOBAL_BATCH, STEPS, S, make_job, with_settings
 from tests.parallel.reference import VOCAB_SIZE, dense_logits, layout, make_model
 
-S, GLOBAL_BATCH, STEPS = 16, 8, 3
 WRITTEN = {
     "1x1x1": layout(),
     "tp2": layout(tp=2),
@@ -46,38 +42,9 @@ READ = {
 MORE_ROWS = VOCAB_SIZE + 7
 
 
-def with_settings(job: Job, *, source: TeacherSource = TeacherSource.cached, **parts: Any) -> Job:
-    """Other settings: ``logits``, ``loss``, ``train`` (each a dict of changes)."""
-    config = job.config
-    train = replace(config.distill.train, **parts.get("train", {}))
-    loss = LogitLossConfig(**parts.get("loss", {}))
-    distill = DistillConfig(train=train, teacher=TeacherConfig(source=source), logit_loss=loss)
-    logits = replace(config.teacher_logits, **parts.get("logits", {}))
-    return replace(job, config=replace(config, distill=distill, teacher_logits=logits))
-
-
 @pytest.fixture(scope="module")
 def job(tmp_path_factory: pytest.TempPathFactory, teacher: Path, student: Path) -> Job:
-    root = tmp_path_factory.mktemp("cached")
-    for number in range(12):
-        (root / f"{number}.txt").write_text(" ".join(f"line {n} of {number}\n" for n in range(20)))
-    data = DataConfig(source=DataSource.files, paths=[str(root)], seq_length=S, num_workers=1, heldout_fraction=0.3)
-    build_dataset(data, tokenizer_dir=teacher / "hf", vocab_size=VOCAB_SIZE, out_dir=root / "data")
-    train = TrainConfig(
-        num_tokens=STEPS * GLOBAL_BATCH * S,
-        micro_batch_size=2,
-        global_batch_size=GLOBAL_BATCH,
-        lr=1e-3,
-        min_lr=1e-4,
-        eval_tokens=64,
-        eval_interval_steps=0,
-    )
-    config = RunConfig(
-        data=data,
-        distill=DistillConfig(train=train, teacher=TeacherConfig(source=TeacherSource.cached)),
-        teacher_logits=TeacherLogitsConfig(micro_batch_size=3),  # 24 sequences do not fill the last micro-batches
-    )
-    return Job(config=config, teacher=teacher / "checkpoint", student=student / "checkpoint", data=root / "data")
+    return make_job(tmp_path_factory.mktemp("cached"), teacher, student)
 
 
 @pytest.fixture(scope="module")
