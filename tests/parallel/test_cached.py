@@ -9,13 +9,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from torch import Tensor
 
-from minitron.config.data import DataConfig, DataSource
-from minitron.config.distill import DistillConfig, TeacherConfig, TeacherSource
-from minitron.config.logit_loss import LogitLossConfig, TopKRest
-from minitron.config.run import RunConfig
-from minitron.config.teacher_logits import CacheMethod, TeacherLogitsConfig
-from minitron.config.train import TrainConfig
+from minitron.config.distill import TeacherSource
+from minitron.config.logit_loss import TopKRest
+from minitron.config.teacher_logits import CacheMethod
 from minitron.data.build import build_dataset
 from minitron.data.loader import TrainBatches
 from minitron.distill.cache_format import LogitCache
@@ -25,12 +23,13 @@ from minitron.errors import ArtefactError, ModelError
 from minitron.losses import SparseTarget, linear_sparse_kl
 from tests.helpers.pool import PoolError, WorkerPool
 from tests.parallel.cached_workers import Job, distill_steps, write_cache
-from tests.parallel.reference import VOCAB_SIZE, dense_logits, layout, make_model
+from tests.parallel.jobs import GLOBAL_BATCH, STEPS, S, make_job, with_settings
+from tests.parallel.reference import VOCAB_SIZE, dense, dense_logits, layout, make_model, norm_of
 
-S, GLOBAL_BATCH, STEPS = 16, 8, 3
 WRITTEN = {
     "1x1x1": layout(),
     "tp2": layout(tp=2),
+    "tp2 sp": layout(tp=2, sp=True),
     "pp2": layout(pp=2),
     "dp2": layout(dp=2),
     "cp2": layout(cp=2),  # as data-parallel ranks: distributions are kept by whole sequences
@@ -46,38 +45,9 @@ READ = {
 MORE_ROWS = VOCAB_SIZE + 7
 
 
-def with_settings(job: Job, *, source: TeacherSource = TeacherSource.cached, **parts: Any) -> Job:
-    """Other settings: ``logits``, ``loss``, ``train`` (each a dict of changes)."""
-    config = job.config
-    train = replace(config.distill.train, **parts.get("train", {}))
-    loss = LogitLossConfig(**parts.get("loss", {}))
-    distill = DistillConfig(train=train, teacher=TeacherConfig(source=source), logit_loss=loss)
-    logits = replace(config.teacher_logits, **parts.get("logits", {}))
-    return replace(job, config=replace(config, distill=distill, teacher_logits=logits))
-
-
 @pytest.fixture(scope="module")
 def job(tmp_path_factory: pytest.TempPathFactory, teacher: Path, student: Path) -> Job:
-    root = tmp_path_factory.mktemp("cached")
-    for number in range(12):
-        (root / f"{number}.txt").write_text(" ".join(f"line {n} of {number}\n" for n in range(20)))
-    data = DataConfig(source=DataSource.files, paths=[str(root)], seq_length=S, num_workers=1, heldout_fraction=0.3)
-    build_dataset(data, tokenizer_dir=teacher / "hf", vocab_size=VOCAB_SIZE, out_dir=root / "data")
-    train = TrainConfig(
-        num_tokens=STEPS * GLOBAL_BATCH * S,
-        micro_batch_size=2,
-        global_batch_size=GLOBAL_BATCH,
-        lr=1e-3,
-        min_lr=1e-4,
-        eval_tokens=64,
-        eval_interval_steps=0,
-    )
-    config = RunConfig(
-        data=data,
-        distill=DistillConfig(train=train, teacher=TeacherConfig(source=TeacherSource.cached)),
-        teacher_logits=TeacherLogitsConfig(micro_batch_size=3),  # 24 sequences do not fill the last micro-batches
-    )
-    return Job(config=config, teacher=teacher / "checkpoint", student=student / "checkpoint", data=root / "data")
+    return make_job(tmp_path_factory.mktemp("cached"), teacher, student)
 
 
 @pytest.fixture(scope="module")
@@ -250,6 +220,78 @@ def test_top_k_equals_the_dense_formula(job: Job, top_k_cache: Path, teacher: Pa
     torch.testing.assert_close(loss, dense, rtol=1e-3, atol=0)
     for found, gradient in zip(torch.autograd.grad(loss, (hidden_TH, weight_VH)), expected, strict=True):
         torch.testing.assert_close(found, gradient, rtol=0, atol=1e-3 * float(gradient.abs().max()))
+
+
+TOP_P: dict[str, Any] = {"method": CacheMethod.top_p, "top_p": 0.7, "top_k": 40}
+
+
+@pytest.fixture(scope="module")
+def top_p_cache(pool: WorkerPool, job: Job, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("top_p") / "cache"
+    pool.run(write_cache, 2, with_settings(job, logits=TOP_P), layout(tp=2), out)
+    return out
+
+
+def dense_of_kept(p_BSV: Tensor, log_q_BSV: Tensor, rest: TopKRest) -> Tensor:
+    """Mean KL over the fewest tokens that hold TOP_P, their probabilities in the cache's fp16."""
+    sorted_BSV, ids_BSV = p_BSV.sort(dim=-1, descending=True)
+    sorted_BSV[sorted_BSV.cumsum(-1) - sorted_BSV >= TOP_P["top_p"]] = 0
+    kept_BSK, log_q_BSK = (
+        x[..., : TOP_P["top_k"]] for x in (sorted_BSV.half().double(), log_q_BSV.gather(-1, ids_BSV))
+    )
+    log_q_BSK = log_q_BSK.masked_fill(kept_BSK == 0, -torch.inf)
+    q_BSK = log_q_BSK.exp()
+    rest_p_BS, rest_q_BS = 1 - kept_BSK.sum(-1), 1 - q_BSK.sum(-1)
+    if rest is TopKRest.renormalize:
+        kept_BSK, q_BSK = (x / x.sum(-1, keepdim=True) for x in (kept_BSK, q_BSK))
+    here = kept_BSK > 0
+    loss = (kept_BSK[here] * (kept_BSK[here] / q_BSK[here]).log()).sum()
+    if rest is TopKRest.ghost:
+        loss = loss + (rest_p_BS * (rest_p_BS / rest_q_BS).log()).sum()
+    return loss / rest_p_BS.numel()
+
+
+@pytest.mark.parametrize("rest", list(TopKRest))
+def test_a_step_from_a_top_p_cache_is_the_dense_formula(
+    pool: WorkerPool, job: Job, top_p_cache: Path, teacher: Path, student: Path, tmp_path: Path, rest: TopKRest
+) -> None:
+    batches = first_batches(job).microbatches(0)
+    tokens_BS = torch.cat([batch.tokens_BS for batch in batches])
+    assert all(bool(batch.loss_mask_BS.all()) for batch in batches)
+    numbers = [LogitCache(top_p_cache).read(n).number_S for b in batches for n in b.sample_index_B.tolist()]
+    assert np.min(numbers) < TOP_P["top_k"] == np.max(numbers), "the limit should be met by some"
+    model = dense(student / "hf")
+    log_q_BSV = model(tokens_BS, use_cache=False).logits.log_softmax(-1)
+    loss = dense_of_kept(dense_logits(teacher / "hf", tokens_BS).softmax(-1), log_q_BSV, rest)
+    loss.backward()
+    norm = norm_of({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
+    cached = with_settings(job, loss={"top_k_rest": rest})
+    for name, parallel in (("one", layout()), ("tp2", layout(tp=2)), ("pp2", layout(pp=2))):
+        found = pool.run(distill_steps, parallel.num_ranks, cached, parallel, top_p_cache, tmp_path / name)[0]
+        assert found[0]["loss"] == pytest.approx(loss.item(), rel=1e-5), name
+        assert found[0]["grad_norm"] == pytest.approx(norm, rel=1e-5), name
+
+
+def test_another_seed_reads_its_own_sequences(pool: WorkerPool, job: Job, top_k_cache: Path, tmp_path: Path) -> None:
+    """Refused while the cache lacks some, with the count; then its steps are the online teacher's."""
+    other = replace(job, config=replace(job.config, seed=job.config.seed + 7))
+    read = [batch for step in range(STEPS) for batch in first_batches(other).microbatches(step)]
+    wanted, there = {n for b in read for n in b.sample_index_B.tolist()}, set(LogitCache(top_k_cache).samples.tolist())
+    lacking = len(wanted - there)
+    assert 0 < lacking < STEPS * GLOBAL_BATCH
+    with pytest.raises(PoolError, match=rf"{lacking} of the 24 sequences .* and seed={other.config.seed} read are not"):
+        pool.run(distill_steps, 1, other, layout(), top_k_cache, tmp_path / "refused")
+    folder = tmp_path / "cache"
+    shutil.copytree(top_k_cache, folder)
+    pool.run(write_cache, 1, with_settings(other, logits={"method": CacheMethod.top_k, "top_k": 6}), layout(), folder)
+    assert set(LogitCache(folder).samples.tolist()) == wanted | there
+    online = with_settings(other, source=TeacherSource.online, loss={"top_k": 6})
+    expected = pool.run(distill_steps, 1, online, layout(), job.teacher, tmp_path / "online")[0]
+    found = pool.run(distill_steps, 1, other, layout(), folder, tmp_path / "cached")[0]
+    for key in ("loss", "grad_norm", "heldout_loss"):
+        numbers = [r[key] for r in found if key in r]
+        assert numbers
+        assert numbers == pytest.approx([r[key] for r in expected if key in r], rel=1e-3), key
 
 
 def test_rows_that_only_fill_up_and_stages_without_loss(job: Job, top_k_cache: Path) -> None:

@@ -109,7 +109,16 @@ def dense_fixed(teacher: Path, narrow: Path) -> Dense:
     return dense_step(teacher / "hf", narrow / "hf", tokens, ALL, FIXED, projection)
 
 
-LAYOUTS = [((2, 1, 1), 0), ((1, 2, 1), 0), ((1, 2, 1), 3), ((1, 1, 2), 0), ((2, 2, 1), 1), ((1, 2, 2), 0)]
+LAYOUTS = [
+    ((2, 1, 1), 0),
+    ((1, 2, 1), 0),
+    ((1, 2, 1), 3),
+    ((1, 3, 1), 0),  # the teacher has layers 0-1, 2 and 3, the student 0, 1 and 2
+    ((1, 1, 2), 0),
+    ((2, 2, 1), 1),
+    ((1, 2, 2), 0),
+    ((1, 3, 1), 3),
+]
 
 
 @pytest.mark.parametrize(("axes", "group_size"), LAYOUTS)
@@ -127,7 +136,7 @@ def test_scaled_losses_in_a_layout(
     check(results, tmp_path, narrow, dense_scaled)
 
 
-@pytest.mark.parametrize(("axes", "group_size"), LAYOUTS[:4])
+@pytest.mark.parametrize(("axes", "group_size"), LAYOUTS[:5])
 def test_fixed_losses_in_a_layout(
     pool: WorkerPool,
     teacher: Path,
@@ -176,6 +185,21 @@ def test_one_width_needs_no_projection(pool: WorkerPool, teacher: Path, shallow:
     want = dense_step(teacher / "hf", shallow / "hf", TOKENS_NGT[0, :, :-1], pairs, config, None)
     results = pool.run(ours.first_gradients, 2, work(teacher, shallow, 1, 2), config, tmp_path)
     check(results, tmp_path, shallow, want)
+
+
+@pytest.mark.parametrize("mixing", list(Mixing))
+def test_the_middle_of_three_stages_sends_to_both_ends_and_has_no_loss(
+    pool: WorkerPool, teacher: Path, narrow: Path, tmp_path: Path, mixing: Mixing
+) -> None:
+    # The teacher's block 2 is there alone: the output of block 1 is seen at it too.
+    config = IntermediateConfig(
+        block_output=["1:1"], mlp_input=["2:0"], attention_relations=["2:2"], relation_heads=4, mixing=mixing
+    )
+    pairs = Pairs(block_output=((1, 1),), mlp_input=((2, 0),), attention_relations=((2, 2),))
+    tokens, projection = TOKENS_NGT[0, :, :-1], initial_projection(narrow)
+    want = dense_step(teacher / "hf", narrow / "hf", tokens, pairs, config, projection)
+    results = pool.run(ours.first_gradients, 3, work(teacher, narrow, 1, 3), config, tmp_path)
+    check(results, tmp_path, narrow, want)
 
 
 def test_a_projection_that_one_stage_alone_uses_stays_the_same_on_both(

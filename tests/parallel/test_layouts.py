@@ -35,6 +35,7 @@ def case(
     vp: int | None = None,
     dp: int = 1,
     cp: int = 1,
+    sp: bool = False,
     first: int | None = None,
     last: int | None = None,
     group: int = 0,
@@ -48,6 +49,7 @@ def case(
         virtual_pipeline_model_parallel_size=vp,
         context_parallel_size=cp,
         data_parallel_size=dp,
+        sequence_parallel=sp,
         num_layers_in_first_pipeline_stage=first,
         num_layers_in_last_pipeline_stage=last,
         overlap_grad_reduce=overlap,
@@ -94,6 +96,13 @@ CASES = {
         case(pp=2, dp=2, first=2, stages=[2, 4], group=1, **SELECTIVE),
         case(tp=2, dp=2, **UNIFORM, recompute_num_layers=3, group=1),
         case(pp=2, vp=2, dp=2, first=2, stages=[2, 4], overlap=False, **SELECTIVE),
+    ],
+    "split sequences on 4": [
+        case(tp=2, sp=True, pp=2, vp=2, stages=[4, 2]),
+        case(cp=2, pp=2, vp=2, stages=[4, 2]),
+        case(cp=2, pp=2, vp=3, **UNIFORM, recompute_num_layers=1),
+        case(cp=2, pp=2, first=2, stages=[2, 4], group=1, **SELECTIVE),
+        case(cp=2, tp=2, sp=True, **UNIFORM, recompute_num_layers=2),
     ],
 }
 

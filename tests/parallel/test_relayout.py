@@ -114,6 +114,30 @@ def test_a_bf16_teacher_of_an_fp32_student(pool: WorkerPool, teacher: Path, stud
         assert have.grad_norm == pytest.approx(want.grad_norm, rel=1e-6)
 
 
+@pytest.mark.parametrize(
+    ("parallel", "reference", "beside"),
+    [
+        (layout(pp=2), layout(), Own(dtype=Dtype.bf16)),
+        # Two tensor-parallel ranks round their sums in their own way: the same teacher beside a data-parallel student.
+        (layout(tp=2), layout(dp=2), Own(tp=2, dtype=Dtype.bf16)),
+        (layout(tp=2, sp=True), layout(dp=2), Own(tp=2, dtype=Dtype.bf16)),
+    ],
+    ids=["PP2", "TP2", "sequence TP2"],
+)
+def test_a_bf16_teacher_in_the_layout_of_an_fp32_student(
+    pool: WorkerPool, teacher: Path, student: Path, parallel: ParallelConfig, reference: ParallelConfig, beside: Own
+) -> None:
+    folders = (teacher / "checkpoint", student / "checkpoint")
+    exact, _ = dense_kl(teacher / "hf", student / "hf", TOKENS_GT[:, :-1])
+    [want] = pool.run(workers.outcomes, reference.num_ranks, *folders, reference, TOKENS_GT, [beside])[0]
+    assert want.loss != pytest.approx(exact, rel=1e-5)
+    assert want.loss == pytest.approx(exact, rel=2e-2)
+    for [have] in pool.run(workers.outcomes, 2, *folders, parallel, TOKENS_GT, [Own(dtype=Dtype.bf16)]):
+        assert not have.own
+        assert have.loss == pytest.approx(want.loss, rel=1e-6)
+        assert have.grad_norm == pytest.approx(want.grad_norm, rel=1e-6)
+
+
 def test_a_whole_state_beside_a_split_sequence(pool: WorkerPool) -> None:
     for (loss, gradient), (loss_whole, gradient_whole) in pool.run(workers.losses_of_split_and_whole_states, 2, 0):
         assert loss_whole == pytest.approx(loss, rel=1e-7)

@@ -178,6 +178,50 @@ def test_impossible_layout_is_one_line(overrides: list[str], part: str) -> None:
     assert "\n" not in str(caught.value)
 
 
+INTERMEDIATE = "distill.intermediate.embedding=true"
+OWN_TP, OWN_SIZE = "distill.teacher.parallel.tensor_model_parallel_size=2", "distill.teacher.micro_batch_size=2"
+CACHED, CONTEXT = "distill.teacher.source=cached", "parallel.context_parallel_size=2"
+RECOMPUTED = "parallel.recompute_granularity=selective"
+INTERLEAVED = "parallel.virtual_pipeline_model_parallel_size=2"
+
+
+@pytest.mark.parametrize(
+    ("alone", "other", "parts"),
+    [
+        ([INTERMEDIATE], CONTEXT, ["distill.intermediate ", CONTEXT.partition("=")[0], "relations need whole"]),
+        (
+            [INTERMEDIATE, "parallel.pipeline_model_parallel_size=2"],
+            INTERLEAVED,
+            ["distill.intermediate ", INTERLEAVED.partition("=")[0], "settled once a forward pass"],
+        ),
+        ([INTERMEDIATE], RECOMPUTED, ["distill.intermediate ", RECOMPUTED.partition("=")[0], "would count twice"]),
+        ([INTERMEDIATE], OWN_SIZE, ["distill.intermediate ", OWN_SIZE.partition("=")[0], "sent by stage"]),
+        ([INTERMEDIATE], CACHED, ["distill.intermediate ", CACHED, "none of them", "distill.teacher.source=online"]),
+        (
+            ["parallel.data_parallel_size=2", OWN_TP],
+            CONTEXT,
+            ["distill.teacher: a layout of its own (tensor 2 x pipeline 1", CONTEXT, "by whole sequences"],
+        ),
+        ([OWN_SIZE], CONTEXT, ["(tensor 1 x pipeline 1, micro_batch_size 2)", CONTEXT, "context_parallel_size to 1"]),
+        ([OWN_SIZE], CACHED, ["distill.teacher.micro_batch_size lay out", f"{CACHED} runs none", "set them to null"]),
+        (
+            ["parallel.data_parallel_size=2", OWN_TP],
+            CACHED,
+            ["distill.teacher.parallel and", f"{CACHED} runs none", "teacher_logits.micro_batch_size is for writing"],
+        ),
+    ],
+)
+def test_what_goes_alone_but_not_together_is_one_line(alone: list[str], other: str, parts: list[str]) -> None:
+    compose_run([RANDOM, *alone])
+    compose_run([RANDOM, other, *(part for part in alone if part.startswith("parallel."))])
+    with pytest.raises(ConfigError) as caught:
+        compose_run([RANDOM, *alone, other])
+    message = str(caught.value)
+    assert "\n" not in message
+    for part in parts:
+        assert part in message
+
+
 def test_interleaving_needs_groups_of_whole_rounds() -> None:
     layout = ["parallel.pipeline_model_parallel_size=4", "parallel.virtual_pipeline_model_parallel_size=2"]
     with pytest.raises(ConfigError) as caught:
