@@ -222,7 +222,7 @@ def check_models(config: RunConfig) -> None:
     if own is None:
         check_layout(teacher, config.parallel.plain(), who="teacher")
     else:
-        check_layout(teacher, own.parallel, who="teacher in its own layout (distill.teacher.parallel)")
+        check_layout(teacher, own.parallel, who="teacher in its own layout", section="distill.teacher.parallel")
     check_layout(source, config.parallel.plain(), who="source")  # scored and evaluated, whatever the teacher's layout
     if config.correction.enabled:
         check_layout(source, config.parallel, who="teacher to correct (correction.enabled=true)")
@@ -240,7 +240,8 @@ def check_models(config: RunConfig) -> None:
         taught = config.distill.teacher.precision(config.precision)
         check_fp8_model(beside, taught, own.parallel if own else config.parallel.plain(), who=f"teacher of {who}")
         if own is not None:
-            check_layout(beside, own.parallel, who=f"teacher of {line.step} in its own layout")
+            own_of = f"teacher of {line.step} in its own layout"
+            check_layout(beside, own.parallel, who=own_of, section="distill.teacher.parallel")
         if not line.distills:
             continue
         try:
