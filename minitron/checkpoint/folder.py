@@ -15,6 +15,17 @@ from minitron.errors import CheckpointError
 MODEL_FILE = "model.json"
 WEIGHTS_DIR = "weights"
 SIDE_DIR = "hf"
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer.model",
+    "tekken.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+)
+"""What a tokenizer may be made of, under the names that Hugging Face gives them."""
 
 
 def write_model_config(folder: Path, model: ModelConfig) -> None:

@@ -8,7 +8,7 @@ from rich.console import Console
 from minitron.checkpoint.folder import MODEL_FILE, is_checkpoint_folder, read_model_config
 from minitron.cli.search_job import run_search
 from minitron.cli.search_stages import SEARCH
-from minitron.cli.source import source_model
+from minitron.cli.source import source_model, source_vocabulary
 from minitron.cli.stages import lines_of, needs_cache, stages_of
 from minitron.cli.submit import refuse_while_running, submit_run
 from minitron.cli.turn import in_turn
@@ -24,6 +24,7 @@ from minitron.config.parallel import check_layout
 from minitron.config.run import RunConfig
 from minitron.config.teacher_layout import own_layout
 from minitron.data.sources import check_enough_text
+from minitron.distill.vocabulary import common_vocab_size, vocabulary_of
 from minitron.errors import ConfigError, ModelError, StoppedError
 from minitron.pipeline import OutsideHashes, Planned, outside_hashes, plan_stages
 from minitron.prune.given import target_of
@@ -210,7 +211,7 @@ def check_models(config: RunConfig) -> None:
     """Check source, target and layout before any work starts.
 
     Raises:
-        ModelError: The source cannot be imported.
+        ModelError: The source cannot be imported, or the teacher's tokenizer is another than its.
         PruneError: The target does not fit it.
         LayoutError: The layout cannot split one of the two.
         ConfigError: A pair of intermediate states names a layer that is not there, or a block to score is too large.
@@ -221,7 +222,7 @@ def check_models(config: RunConfig) -> None:
     if own is None:
         check_layout(teacher, config.parallel.plain(), who="teacher")
     else:
-        check_layout(teacher, own.parallel, who="teacher in its own layout (distill.teacher.parallel)")
+        check_layout(teacher, own.parallel, who="teacher in its own layout", section="distill.teacher.parallel")
     check_layout(source, config.parallel.plain(), who="source")  # scored and evaluated, whatever the teacher's layout
     if config.correction.enabled:
         check_layout(source, config.parallel, who="teacher to correct (correction.enabled=true)")
@@ -239,7 +240,8 @@ def check_models(config: RunConfig) -> None:
         taught = config.distill.teacher.precision(config.precision)
         check_fp8_model(beside, taught, own.parallel if own else config.parallel.plain(), who=f"teacher of {who}")
         if own is not None:
-            check_layout(beside, own.parallel, who=f"teacher of {line.step} in its own layout")
+            own_of = f"teacher of {line.step} in its own layout"
+            check_layout(beside, own.parallel, who=own_of, section="distill.teacher.parallel")
         if not line.distills:
             continue
         try:
@@ -248,9 +250,7 @@ def check_models(config: RunConfig) -> None:
             if not line.step:
                 raise
             raise ConfigError(f"chain step {line.step}: {error}; rules such as last-2 fit every depth") from error
-    top_k = config.distill.logit_loss.top_k
-    if top_k > source.vocab_size:
-        raise ConfigError(f"distill.logit_loss.top_k={top_k} is more than the vocabulary's {source.vocab_size} tokens")
+    check_vocabulary(config, source)
     for model in (source, teacher):
         longest = model.longest_sequence
         for name, length in (
@@ -259,6 +259,19 @@ def check_models(config: RunConfig) -> None:
         ):
             if length > longest:
                 raise ModelError(f"{name}={length} is longer than the model's {longest} positions; lower it")
+
+
+def check_vocabulary(config: RunConfig, source: ModelConfig) -> None:
+    """Check that a teacher which is not the source has its tokenizer, and the logit loss against what they share.
+
+    Raises:
+        ModelError: The tokenizers differ.
+        ConfigError: More tokens are to be compared than both have.
+    """
+    common, given = source.vocab_size, config.distill.teacher.path
+    if given is not None:
+        common = common_vocab_size(vocabulary_of(Path(given)), source_vocabulary(config, source))
+    config.distill.logit_loss.check_vocabulary(common)
 
 
 def check_text(config: RunConfig) -> None:

@@ -5,8 +5,9 @@ from pathlib import Path
 
 from minitron.config.model import ModelConfig
 from minitron.config.run import RunConfig, SourceKind
+from minitron.distill.vocabulary import Vocabulary, vocabulary_at
 from minitron.models.hf_import import inspect_source
-from minitron.models.random_source import random_model
+from minitron.models.random_source import random_model, random_token_ids
 
 
 def source_model(config: RunConfig) -> ModelConfig:
@@ -18,6 +19,19 @@ def source_model(config: RunConfig) -> ModelConfig:
             model.check_sizes(config.source.model, f"source.path={config.source.path}")
         return model
     return random_model(config.source.random)
+
+
+def source_vocabulary(config: RunConfig, source: ModelConfig) -> Vocabulary:
+    """The vocabulary that the imported source will have.
+
+    Args:
+        config: The run.
+        source: Its `source_model`.
+    """
+    if config.source.kind is SourceKind.path:
+        assert config.source.path is not None
+        return vocabulary_at(Path(config.source.path).resolve(), source.vocab_size)
+    return Vocabulary("source.random", source.vocab_size, random_token_ids, {})
 
 
 @functools.cache

@@ -43,6 +43,9 @@ class TeacherParallelConfig:
     """Ranks that share every layer of the teacher; null takes the student's."""
     pipeline_model_parallel_size: int | None = None
     """Stages of the teacher; null takes the student's."""
+    sequence_parallel: bool | None = None
+    """Split the teacher's norms and residuals along the sequence (needs TP > 1, and experts over TP > 1 need it); null
+    takes the student's where the teacher's TP is more than 1."""
 
 
 @dataclass(kw_only=True)

@@ -96,3 +96,18 @@ class LogitLossConfig:
                 f"{section}.top_k={self.top_k} goes with {section}.kind=forward_kl only, not with {self.kind}; set "
                 f"one of the two"
             )
+
+    def check_vocabulary(self, vocab_size: int) -> None:
+        """Refuse to compare on more tokens than there are.
+
+        Args:
+            vocab_size: Tokens that teacher and student both have.
+
+        Raises:
+            ConfigError: K is larger.
+        """
+        if self.top_k > vocab_size:
+            raise ConfigError(
+                f"distill.logit_loss.top_k={self.top_k} is more than the {vocab_size} tokens of the vocabulary that "
+                "teacher and student share; set 0 for all of them"
+            )

@@ -144,13 +144,14 @@ class ParallelConfig:
         )
 
 
-def check_layout(model: ModelConfig, parallel: ParallelConfig, *, who: str) -> None:
+def check_layout(model: ModelConfig, parallel: ParallelConfig, *, who: str, section: str = "parallel") -> None:
     """Refuse a model that the layout cannot split.
 
     Args:
         model: The architecture.
         parallel: The layout.
         who: Name of the model in the message (``teacher``, ``student``).
+        section: Where the layout is set.
 
     Raises:
         LayoutError: With the division that leaves a remainder.
@@ -158,19 +159,19 @@ def check_layout(model: ModelConfig, parallel: ParallelConfig, *, who: str) -> N
     tp, pp = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
     if model.num_moe_experts is not None and tp > 1 and not parallel.sequence_parallel:
         raise LayoutError(
-            f"{who}: a mixture of experts with parallel.tensor_model_parallel_size={tp} needs "
-            "parallel.sequence_parallel=true: Megatron-Core trains experts over tensor-parallel ranks in no other way"
+            f"{who}: a mixture of experts with {section}.tensor_model_parallel_size={tp} needs "
+            f"{section}.sequence_parallel=true: Megatron-Core trains experts over tensor-parallel ranks in no other way"
         )
     for name in ("num_attention_heads", "num_query_groups", "ffn_hidden_size"):
         size = getattr(model, name)
         if size % tp:
             raise LayoutError(
-                f"{who}: {name}={size} does not divide over parallel.tensor_model_parallel_size={tp} "
+                f"{who}: {name}={size} does not divide over {section}.tensor_model_parallel_size={tp} "
                 f"({size} / {tp} leaves {size % tp}); use a divisor of {size}, such as {_divisors(size)}"
             )
     if model.num_layers < pp:
         raise LayoutError(
-            f"{who}: num_layers={model.num_layers} is fewer than parallel.pipeline_model_parallel_size={pp} "
+            f"{who}: num_layers={model.num_layers} is fewer than {section}.pipeline_model_parallel_size={pp} "
             f"stages; use at most {model.num_layers} stages"
         )
     try:

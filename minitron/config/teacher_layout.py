@@ -45,13 +45,22 @@ def own_layout(distill: DistillConfig, parallel: ParallelConfig) -> TeacherLayou
     tp, pp, micro_batch_size = (
         default if size is None else size for size, default in zip(sizes.values(), student, strict=True)
     )
-    if (tp, pp, micro_batch_size) == student:
+    split = teacher.parallel.sequence_parallel
+    if split and tp == 1:
+        raise LayoutError(
+            "distill.teacher.parallel.sequence_parallel=true needs a tensor-parallel size > 1, and the teacher's is 1; "
+            "set it to null or raise distill.teacher.parallel.tensor_model_parallel_size"
+        )
+    if split is None:
+        split = parallel.sequence_parallel and tp > 1
+    if (tp, pp, micro_batch_size) == student and split == parallel.sequence_parallel:
         return None
     if parallel.context_parallel_size > 1:
         raise LayoutError(
             f"distill.teacher: a layout of its own (tensor {tp} x pipeline {pp}, micro_batch_size {micro_batch_size}) "
             f"is not offered with parallel.context_parallel_size={parallel.context_parallel_size}: its states are "
-            "sent by whole sequences; set the three to null, or context_parallel_size to 1"
+            "sent by whole sequences; set distill.teacher.parallel and distill.teacher.micro_batch_size to null, or "
+            "context_parallel_size to 1"
         )
     ranks = parallel.num_ranks
     if ranks % (tp * pp):
@@ -63,6 +72,7 @@ def own_layout(distill: DistillConfig, parallel: ParallelConfig) -> TeacherLayou
         tensor_model_parallel_size=tp,
         pipeline_model_parallel_size=pp,
         data_parallel_size=ranks // (tp * pp),
+        sequence_parallel=split,
     )
     layout = TeacherLayout(own, micro_batch_size)
     _check_sequences(layout, distill, parallel)

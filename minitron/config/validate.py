@@ -62,7 +62,9 @@ def validate(run: RunConfig) -> None:
         raise ConfigError(
             f"eval.num_tokens={run.eval.num_tokens} is less than one sequence of data.seq_length={seq_length} tokens"
         )
-    _check_split_sequence(seq_length, run.parallel)
+    _check_split_sequence(seq_length, run.parallel, "parallel")
+    if own is not None:
+        _check_split_sequence(seq_length, own.parallel, "distill.teacher.parallel")
     _check_fp8(run, own)
 
 
@@ -132,7 +134,7 @@ def _check_intermediate(parallel: ParallelConfig, own: TeacherLayout | None) -> 
             )
 
 
-def _check_split_sequence(seq_length: int, parallel: ParallelConfig) -> None:
+def _check_split_sequence(seq_length: int, parallel: ParallelConfig, section: str) -> None:
     """The tokens of a sequence divide over the ranks that share it."""
     tp, cp = parallel.tensor_model_parallel_size, parallel.context_parallel_size
     if cp > 1 and seq_length % (2 * cp):
@@ -141,11 +143,11 @@ def _check_split_sequence(seq_length: int, parallel: ParallelConfig) -> None:
             f"holds two chunks of every sequence; use a multiple of {2 * cp}"
         )
     if parallel.sequence_parallel and seq_length % (cp * tp):
-        over = f"parallel.tensor_model_parallel_size={tp}"
+        over = f"{section}.tensor_model_parallel_size={tp}"
         if cp > 1:
             over = f"parallel.context_parallel_size={cp} x {over}"
         raise ConfigError(
-            f"data.seq_length={seq_length} does not divide over {over}, which parallel.sequence_parallel=true needs"
+            f"data.seq_length={seq_length} does not divide over {over}, which {section}.sequence_parallel=true needs"
         )
 
 

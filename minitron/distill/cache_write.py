@@ -25,7 +25,7 @@ from minitron.distill.cache_format import (
 from minitron.distill.cache_plan import cache_identity, needed_samples
 from minitron.distill.sparsify import sparse_entries
 from minitron.distill.teacher import freeze
-from minitron.distill.vocabulary import common_vocab_size
+from minitron.distill.vocabulary import common_vocab_size, vocabulary_of
 from minitron.errors import ArtefactError
 from minitron.losses.vocab import VocabShard
 from minitron.models.gpt import Chunks, FinalState
@@ -60,7 +60,7 @@ def write_teacher_logits(
         ModelError: The teacher's tokenizer is another than the data's.
         ArtefactError: What is in the folder belongs to something else or is damaged, or the disk is too small.
     """
-    common = common_vocab_size(teacher, imported)
+    common = common_vocab_size(vocabulary_of(teacher), vocabulary_of(imported))
     identity = cache_identity(session.config, data, teacher=teacher_id, vocab_size=common)
     with session.context_as_data() as whole:  # distributions are kept by whole sequences
         missing = _write_missing(whole, teacher, identity, data, out)

@@ -127,7 +127,8 @@ class IntermediateLosses:
             assert self._channels is not None
             assert now.total is not None
             self._sends.append((self._channels.send_up(now.total), now.total))
-        self._last = now
+        if self._groups.is_last_stage:  # `balance` lets it go; elsewhere it would hold the teacher's states
+            self._last = now
 
     def balance(self, logit_loss: Tensor) -> None:
         """Fix the factor of the micro-batch that was watched last; on the last stage, before its backward pass.

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
 from torch import Tensor
 
 from minitron.config.parallel import padded_vocab_size
@@ -115,9 +116,7 @@ class RelayoutTeacher:
         num_sequences, length = sequences.tokens_BS.shape
         mine = self.own.microbatches(self.layout.groups.dp_rank, num_sequences)
         with self.layout.active():
-            hidden = forward_only(
-                self.gpt, [_rows(sequences, part) for part in mine], lambda state, _b: state.hidden_SBH
-            )
+            hidden = forward_only(self.gpt, [_rows(sequences, part) for part in mine], self._whole)
         held: dict[int, Tensor] = {}
         for part, hidden_SBH in zip(mine if hidden else [], hidden, strict=True):
             held |= {position: hidden_SBH[:, row] for row, position in enumerate(part)}
@@ -131,6 +130,13 @@ class RelayoutTeacher:
         parts = self.students.microbatches(self.groups.dp_rank, num_sequences)
         finals = [FinalState(torch.stack([states[position] for position in part], 1), self.weight_vH) for part in parts]
         return [Signal(final, whole=True) for final in finals]
+
+    def _whole(self, state: FinalState, _batch: Batch) -> Tensor:
+        """The whole sequences' final states, on every rank of the teacher's last stage."""
+        if not self.gpt.config.sequence_parallel:
+            return state.hidden_SBH
+        gathered: Tensor = gather_from_sequence_parallel_region(state.hidden_SBH, group=self.layout.groups.tp)
+        return gathered
 
 
 @contextmanager

@@ -18,7 +18,7 @@ from minitron.distill.intermediate import IntermediateLosses, intermediate_losse
 from minitron.distill.objective import Distillation
 from minitron.distill.relayout import relayout_teacher
 from minitron.distill.teacher import OnlineTeacher, Teacher, freeze
-from minitron.distill.vocabulary import common_vocab_size
+from minitron.distill.vocabulary import common_vocab_size, vocabulary_of
 from minitron.errors import ArtefactError
 from minitron.models.axes import num_active_parameters
 from minitron.models.gpt import Chunks
@@ -67,7 +67,7 @@ def distill(
             assert teacher_id is not None, "a cache is checked against the teacher it should be of"
             source, common = _open_cache(session, teacher, teacher_id=teacher_id, student=start.folder, data=data)
         else:
-            common = common_vocab_size(teacher, start.folder)
+            common = common_vocab_size(vocabulary_of(teacher), vocabulary_of(start.folder))
             rows = read_model_config(start.folder).vocab_size
             source = stack.enter_context(online_teacher(session, teacher, student_vocab_size=rows))
         student_gpt, student_model = start.load(session, out)

@@ -6,7 +6,6 @@ import torch
 from torch import Tensor
 
 from minitron.config.logit_loss import LogitLossConfig, LogitLossKind
-from minitron.errors import ConfigError
 from minitron.losses.dense import JensenShannon, cosine, forward_kl, mse, reverse_kl
 from minitron.losses.divergence import Block, Divergence
 from minitron.losses.sparse import TopKKL
@@ -50,11 +49,7 @@ def select(loss: LogitLossConfig, vocab: VocabShard) -> Divergence[Tensor]:
     Raises:
         ConfigError: K is larger than the vocabulary.
     """
-    if loss.top_k > vocab.vocab_size:
-        raise ConfigError(
-            f"distill.logit_loss.top_k={loss.top_k} is more than the {vocab.vocab_size} tokens of the vocabulary; "
-            f"set 0 for all of them"
-        )
+    loss.check_vocabulary(vocab.vocab_size)
     divergence: Divergence[Tensor]
     match loss.kind:
         case LogitLossKind.forward_kl:

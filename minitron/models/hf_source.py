@@ -12,6 +12,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers import AutoConfig, AutoTokenizer
 
+from minitron.checkpoint.folder import TOKENIZER_FILES
 from minitron.checkpoint.format import disk_errors
 from minitron.config.model import ModelConfig
 from minitron.errors import ModelError
@@ -31,14 +32,7 @@ _TOKENIZERS = (
 _SIDE_FILES = (
     "config.json",
     "generation_config.json",
-    "tokenizer.json",
-    "tokenizer.model",
-    "tekken.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
+    *TOKENIZER_FILES,
     "chat_template.jinja",
     "chat_template.json",
     "LICENSE",
@@ -156,18 +150,19 @@ def tokenizer_size(folder: Path) -> int:
     return max(token_ids(folder).values()) + 1
 
 
-def token_ids(folder: Path) -> dict[str, int]:
-    """The id of every token of the tokenizer in a folder, added and special tokens included.
+def token_ids(source: Path) -> dict[str, int]:
+    """The id of every token of the tokenizer in a folder or a GGUF file, added and special tokens included.
 
     Raises:
         ModelError: transformers cannot load it.
     """
+    folder, gguf = (source.parent, {"gguf_file": source.name}) if source.is_file() else (source, {})
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False, **gguf)
         ids: dict[str, int] = tokenizer.get_vocab()
         return ids
     except Exception as error:  # transformers raises whatever the tokenizer's backend does
-        raise ModelError(f"{folder}: the tokenizer cannot be loaded: {_one_line(error)}") from error
+        raise ModelError(f"{source}: the tokenizer cannot be loaded: {_one_line(error)}") from error
 
 
 def _read_model(path: Path, config: HfConfig) -> ModelConfig:

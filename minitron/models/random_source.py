@@ -65,10 +65,13 @@ def write_random_model(config: RandomModelConfig, folder: Path) -> Path:
     return folder
 
 
+def random_token_ids() -> dict[str, int]:
+    """The id of every token of its tokenizer: one token per byte, and an end-of-text token."""
+    return {symbol: number for number, symbol in enumerate(_symbols())}
+
+
 def _byte_tokenizer() -> PreTrainedTokenizerFast:
-    """One token per byte, and an end-of-text token."""
-    vocab = {symbol: number for number, symbol in enumerate(_symbols())}
-    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[]))
+    tokenizer = Tokenizer(models.BPE(vocab=random_token_ids(), merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=END_OF_TEXT)

@@ -115,7 +115,8 @@ def plan_run(
         students.append(student)
         check_layout(student, config.parallel, who=f"student {name}".rstrip())
         beside = own.parallel if own else config.parallel.for_teacher(teacher.num_layers)
-        check_layout(teacher, beside, who=f"teacher {name}".rstrip())
+        section = "distill.teacher.parallel" if own else "parallel"
+        check_layout(teacher, beside, who=f"teacher {name}".rstrip(), section=section)
         if given_teacher is not None and len(models) == 1:
             models.append(PlannedModel("teacher", teacher, layers_per_stage(teacher.num_layers, beside)))
         models.append(

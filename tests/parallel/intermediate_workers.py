@@ -1,8 +1,9 @@
 """What the ranks run in the tests of intermediate losses. Imports no transformers: workers import this file."""
 
-from collections.abc import Iterator
+import weakref
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -12,9 +13,11 @@ from minitron.checkpoint.folder import read_model_config
 from minitron.checkpoint.model_io import TRAINING_ONLY, save_model
 from minitron.config.distill import DistillConfig
 from minitron.config.intermediate import IntermediateConfig
+from minitron.data.batch import Batch
 from minitron.distill.intermediate import intermediate_losses
 from minitron.distill.objective import Distillation
-from minitron.distill.teacher import OnlineTeacher, freeze
+from minitron.distill.teacher import OnlineTeacher, Signal, Teacher, freeze
+from minitron.models.gpt import FinalState
 from minitron.parallel.groups import Groups
 from minitron.train.loop import mean_terms
 from minitron.train.optim import Trainable, make_trainable
@@ -75,6 +78,34 @@ def distill(
             assert states is not None
             save_state(trainable, states, step=stop)
         return Steps(terms, _projection(trainable))
+
+
+def held_signals(work: Work, config: IntermediateConfig) -> list[int]:
+    """Micro-batches whose teacher's states this rank holds when each group of every step was just made."""
+    with _distillation(work, config) as (trainable, objective, groups):
+        teacher = _Counting(objective.teacher)
+        losses = objective.intermediate if config.enabled else None
+        objective = replace(objective, teacher=teacher, intermediate=losses)
+        for tokens_GT in work.tokens_NGT:
+            train_step(trainable, objective, microbatches(tokens_GT, groups), group_size=work.group_size)
+        return teacher.held
+
+
+class _Counting:
+    """A teacher whose signals are watched until nothing holds their tensors any more."""
+
+    def __init__(self, teacher: Teacher) -> None:
+        self._teacher = teacher
+        self._made: list[list[weakref.ref[Tensor]]] = []
+        self.held: list[int] = []
+
+    def signals(self, microbatches: Sequence[Batch]) -> list[Signal]:
+        made = self._teacher.signals(microbatches)
+        for signal in made:
+            final = [signal.final.hidden_SBH] if isinstance(signal.final, FinalState) else []
+            self._made.append([weakref.ref(tensor) for tensor in (*final, *signal.states.values())])
+        self.held.append(sum(any(tensor() is not None for tensor in tensors) for tensors in self._made))
+        return made
 
 
 def _projection(trainable: Trainable) -> Tensor | None:

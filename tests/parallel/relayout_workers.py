@@ -37,6 +37,7 @@ class Own:
 
     tp: int | None = None
     pp: int | None = None
+    sp: bool | None = None
     micro_batch_size: int | None = None
     group_size: int = 0
     dtype: Dtype = Dtype.fp32
@@ -128,7 +129,9 @@ def losses_of_split_and_whole_states(seed: int) -> list[tuple[float, Tensor]]:
 
 
 def _distill(own: Own, train: TrainConfig) -> DistillConfig:
-    parallel = TeacherParallelConfig(tensor_model_parallel_size=own.tp, pipeline_model_parallel_size=own.pp)
+    parallel = TeacherParallelConfig(
+        tensor_model_parallel_size=own.tp, pipeline_model_parallel_size=own.pp, sequence_parallel=own.sp
+    )
     teacher = TeacherConfig(parallel=parallel, micro_batch_size=own.micro_batch_size, dtype=own.dtype)
     return DistillConfig(train=train, teacher=teacher, teacher_microbatches=own.group_size)
 

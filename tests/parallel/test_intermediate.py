@@ -227,6 +227,16 @@ def test_rows_that_fill_up_a_batch_do_not_count(pool: WorkerPool, teacher: Path,
     assert filled.grad_norm == pytest.approx(whole.grad_norm, rel=1e-6)
 
 
+@pytest.mark.parametrize("config", [SCALED, FIXED, IntermediateConfig()], ids=["scaled", "fixed", "logits alone"])
+@pytest.mark.parametrize(("group_size", "sizes"), [(1, [1, 1, 1, 1]), (3, [3, 1])])
+def test_no_stage_holds_more_teacher_states_than_those_of_a_group(
+    pool: WorkerPool, teacher: Path, narrow: Path, config: IntermediateConfig, group_size: int, sizes: list[int]
+) -> None:
+    first, last = pool.run(ours.held_signals, 2, work(teacher, narrow, 1, 2, group_size=group_size), config)
+    assert last == sizes * len(TOKENS_NGT)
+    assert first == (sizes if config.enabled else [0] * len(sizes)) * len(TOKENS_NGT)
+
+
 @pytest.mark.parametrize("axes", [(1, 2, 1), (1, 2, 2)])
 def test_same_steps_as_the_unbroken_run(
     pool: WorkerPool, teacher: Path, narrow: Path, tmp_path: Path, axes: tuple[int, int, int]

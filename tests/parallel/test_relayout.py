@@ -64,6 +64,19 @@ def four_layers(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
+def experts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    shape = {"num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 48, "norm_topk_prob": True}
+    return make_model(tmp_path_factory.mktemp("experts"), seed=5, std=0.15, model_type="qwen3_moe", **shape)
+
+
+@pytest.fixture(scope="module")
+def dense_of_experts(experts: Path, four_layers: Path) -> tuple[float, float]:
+    """Loss and gradient norm."""
+    loss, gradients = dense_kl(experts / "hf", four_layers / "hf", TOKENS_GT[:, :-1])
+    return loss, math.sqrt(sum(float(g.norm()) ** 2 for g in gradients.values()))
+
+
+@pytest.fixture(scope="module")
 def dense_of_four_layers(teacher: Path, four_layers: Path) -> tuple[float, float]:
     """Loss and gradient norm."""
     loss, gradients = dense_kl(teacher / "hf", four_layers / "hf", TOKENS_GT[:, :-1])
@@ -97,6 +110,33 @@ def test_every_way_to_run_the_student_beside_a_teacher_in_its_own_layout(
     for found in pool.run(workers.outcomes, 2, *args):
         for outcome in found:
             assert outcome.own
+            assert outcome.loss == pytest.approx(loss, rel=1e-6)
+            assert outcome.grad_norm == pytest.approx(norm, rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("parallel", "owns"),
+    [
+        (layout(2, sp=True), [Own(tp=1, pp=2), Own(tp=1), Own(micro_batch_size=4)]),
+        (layout(1, 2), [Own(tp=2, pp=1, sp=True), Own(micro_batch_size=2)]),
+        (layout(1, 1, 2), [Own(tp=2, sp=True, group_size=4, micro_batch_size=2)]),
+        (layout(2, 2, sp=True), [Own(tp=4, pp=1), Own(pp=1, micro_batch_size=2)]),
+    ],
+    ids=["sequence TP2", "PP2", "DP2", "sequence TP2 x PP2"],
+)
+def test_experts_over_tensor_parallel_ranks_of_their_own_layout(
+    pool: WorkerPool,
+    experts: Path,
+    four_layers: Path,
+    dense_of_experts: tuple[float, float],
+    parallel: ParallelConfig,
+    owns: list[Own],
+) -> None:
+    loss, norm = dense_of_experts
+    args = (experts / "checkpoint", four_layers / "checkpoint", parallel, TOKENS_GT, owns)
+    for found in pool.run(workers.outcomes, parallel.num_ranks, *args):
+        assert all(outcome.own for outcome in found)
+        for outcome in found:
             assert outcome.loss == pytest.approx(loss, rel=1e-6)
             assert outcome.grad_norm == pytest.approx(norm, rel=1e-5)
 

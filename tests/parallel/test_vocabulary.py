@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from minitron.distill.vocabulary import common_vocab_size
+from minitron.distill.vocabulary import common_vocab_size, vocabulary_of
 from tests.helpers.pool import WorkerPool
 from tests.parallel import relayout_workers as workers
 from tests.parallel.reference import VOCAB_SIZE, dense, dense_logits, layout, make_model, random_tokens
@@ -45,7 +45,7 @@ def test_loss_is_that_of_the_common_part(
     one, other = (more_rows, student) if of_teacher else (teacher, more_rows)
     loss, norm = formula(one / "hf", other / "hf")
     folders = (one / "checkpoint", other / "checkpoint")
-    common = common_vocab_size(*folders)
+    common = common_vocab_size(*map(vocabulary_of, folders))
     assert common == VOCAB_SIZE
     for axes, owns in (((1, 1, 1), [Own()]), ((2, 1, 1), [Own(), Own(tp=1, pp=2)])):
         for found in pool.run(

@@ -226,7 +226,7 @@ def test_no_tokenizer(fails: Fails, model: Path) -> None:
                 "source.random.num_layers=3",
                 "prune.num_layers=2",
             ],
-            "teacher in its own layout (distill.teacher.parallel): num_layers=3 is fewer than",
+            "in its own layout: num_layers=3 is fewer than distill.teacher.parallel.pipeline_model_parallel_size=4",
         ),
         (
             3,

@@ -47,6 +47,32 @@ def test_what_is_not_given_is_the_students(
 
 
 @pytest.mark.parametrize(
+    ("tp", "student", "own", "want"),
+    [(2, "true", "null", True), (1, "true", "null", False), (2, "false", "true", True), (2, "true", "false", False)],
+)
+def test_sequence_parallelism_is_the_students_where_it_can_be(tp: int, student: str, own: str, want: bool) -> None:
+    given = [f"tensor_model_parallel_size={tp}", "pipeline_model_parallel_size=3", f"sequence_parallel={own}"]
+    overrides = [f"distill.teacher.parallel.{value}" for value in given]
+    layout = _own(compose_run([*STUDENT, f"parallel.sequence_parallel={student}", *overrides]))
+    assert layout is not None
+    assert layout.parallel.sequence_parallel is want
+
+
+def test_sequence_parallelism_alone_makes_an_own_layout() -> None:
+    layout = _own(compose_run([*STUDENT, "distill.teacher.parallel.sequence_parallel=true"]))
+    sizes = {"tensor_model_parallel_size": 2, "data_parallel_size": 3}
+    assert layout == TeacherLayout(ParallelConfig(**sizes, sequence_parallel=True), 2)
+
+
+def test_a_sequence_that_the_teachers_ranks_cannot_share() -> None:
+    own = "distill.teacher.parallel"
+    with pytest.raises(LayoutError, match=rf"{own}.sequence_parallel=true needs a tensor-parallel size > 1"):
+        compose_run([*STUDENT, f"{own}.tensor_model_parallel_size=1", f"{own}.sequence_parallel=true"])
+    with pytest.raises(ConfigError, match=rf"seq_length=33 does not divide over {own}.tensor_model_parallel_size=2,"):
+        compose_run([*STUDENT, f"{own}.sequence_parallel=true", "data.seq_length=33"])
+
+
+@pytest.mark.parametrize(
     ("overrides", "arithmetic"),
     [
         (["micro_batch_size=3"], ["4 micro-batches (of 4 a step, in groups of 4)", "= 24 seq", "size=3 x", "3 = 9;"]),

@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerFast
 from minitron.checkpoint.folder import write_model_config
 from minitron.config.model import ModelConfig
 from minitron.config.run import RandomModelConfig
-from minitron.distill.vocabulary import common_vocab_size
+from minitron.distill import vocabulary
 from minitron.errors import ModelError
 from minitron.models.random_source import random_model
 
@@ -20,6 +20,10 @@ NUM_TOKENS = 280
 
 Edit = Callable[[PreTrainedTokenizerFast], object]
 Make = Callable[..., Path]
+
+
+def common_vocab_size(teacher: Path, student: Path) -> int:
+    return vocabulary.common_vocab_size(vocabulary.vocabulary_of(teacher), vocabulary.vocabulary_of(student))
 
 
 def tokenizer() -> PreTrainedTokenizerFast:

@@ -17,6 +17,7 @@ from minitron.errors import ModelError
 from minitron.models.hf_config import model_from_hf_config
 from minitron.models.hf_export import export_model
 from minitron.models.hf_import import import_model, inspect_source, source_fingerprint
+from minitron.models.hf_source import token_ids
 from tests.unit.models.tiny_hf import read_folder
 
 WORDS = ["<unk>", "<s>", "</s>", "a", "b", "ab", "\u0120", "\u0120a"]
@@ -120,6 +121,7 @@ def test_side_files(tmp_path: Path) -> None:
     assert tokenizer.model_max_length == 64
     assert tokenizer("ab a</s>")["input_ids"] == [5, 7, 2]
     assert tokenizer.decode([5, 7]) == "ab a"
+    assert token_ids(file) == token_ids(out) == tokenizer.get_vocab()
 
 
 @pytest.mark.parametrize(

@@ -52,6 +52,9 @@ def test_a_dense_model_has_no_experts_to_prune() -> None:
 
 
 def test_tensor_parallel_experts_need_sequence_parallelism() -> None:
+    own = "distill.teacher.parallel"
+    with pytest.raises(LayoutError, match=rf"{own}.tensor_model_parallel_size=2 needs {own}.sequence_parallel=true:"):
+        check_layout(MODEL, ParallelConfig(tensor_model_parallel_size=2), who="teacher", section=own)
     with pytest.raises(LayoutError, match=r"^student: a mixture of experts.*needs parallel.sequence_parallel=true"):
         check_layout(MODEL, ParallelConfig(tensor_model_parallel_size=2), who="student")
     check_layout(MODEL, ParallelConfig(tensor_model_parallel_size=2, sequence_parallel=True), who="student")
