@@ -104,6 +104,8 @@ class LaunchConfig:
                     f"launch.nodes={self.nodes} needs launch.rendezvous=<first host>:<port>, the same on every host, "
                     f"but it is {self.rendezvous!r}"
                 )
+            if not 0 < int(self.rendezvous.rpartition(":")[2]) < 2**16:
+                raise ConfigError(f"launch.rendezvous={self.rendezvous} must end in a port from 1 to 65535")
         elif self.rendezvous:
             raise ConfigError(f"launch.rendezvous={self.rendezvous} is where several hosts meet; set launch.nodes too")
 

@@ -3,6 +3,7 @@
 import contextlib
 import logging
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -13,6 +14,7 @@ from pathlib import Path
 from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.elastic.rendezvous.api import RendezvousError
+from torch.distributed.elastic.rendezvous.utils import _matches_machine_hostname
 from torch.distributed.launcher.api import LaunchConfig as ElasticConfig
 from torch.distributed.launcher.api import elastic_launch
 
@@ -45,6 +47,8 @@ def launch_ranks(arguments: list[str], launch: LaunchConfig, *, nodes: int, rank
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # it prints tracebacks of its own
     set_rank_environment(ranks_per_node, num_hosts=nodes)
     several = nodes > 1
+    if several:
+        _wait_for_first_host(launch, nodes)
     meeting = {"join_timeout": launch.join_timeout_s} if several else {}
     if several and launch.is_host is not None:
         meeting["is_host"] = launch.is_host
@@ -71,14 +75,41 @@ def launch_ranks(arguments: list[str], launch: LaunchConfig, *, nodes: int, rank
         return code if code > 0 else 128 - code
     except RendezvousError as error:
         why = str(error) or type(error).__name__
-        raise PlatformError(
-            f"the {nodes} hosts did not meet at launch.rendezvous={launch.rendezvous} ({why}); "
-            "start the same command on each, the first one included; launch.join_timeout_s is how long they wait"
-        ) from error
+        raise _did_not_meet(launch, nodes, why) from error
     except SignalException as error:
         complain("stopped; what is done is kept, the same command goes on from there")
         return 128 + int(error.sigval)
     return 0
+
+
+def _wait_for_first_host(launch: LaunchConfig, nodes: int) -> None:
+    """Wait on the other hosts until the first one listens: torch's own attempts take minutes, whatever its timeouts.
+
+    Raises:
+        PlatformError: Nobody did within ``launch.join_timeout_s``.
+    """
+    host, _, port = launch.rendezvous.rpartition(":")
+    host = host.strip("[]")
+    if _matches_machine_hostname(host) if launch.is_host is None else launch.is_host:
+        return
+    deadline = time.monotonic() + launch.join_timeout_s
+    while True:
+        left_s = deadline - time.monotonic()
+        try:
+            socket.create_connection((host, int(port)), timeout=max(left_s, _POLL_S)).close()
+            return
+        except OSError as error:
+            if left_s <= 0:
+                why = f"{error.strerror or error}, tried for {launch.join_timeout_s} s"
+                raise _did_not_meet(launch, nodes, why) from error
+        time.sleep(_POLL_S)
+
+
+def _did_not_meet(launch: LaunchConfig, nodes: int, why: str) -> PlatformError:
+    return PlatformError(
+        f"the {nodes} hosts did not meet at launch.rendezvous={launch.rendezvous} ({why}); "
+        "start the same command on each, the first one included; launch.join_timeout_s is how long they wait"
+    )
 
 
 def launch_side_by_side(

@@ -69,6 +69,8 @@ def test_layouts_that_do_not_fill_the_nodes(overrides: list[str], message: str) 
         (["launch.dry_run=true"], "launch.dry_run=True is read with launch=slurm only, but launch=local"),
         (["launch=torchrun", "launch.nodes=2"], "launch.nodes=2 needs launch.rendezvous=<first host>:<port>"),
         (["launch=torchrun", "launch.nodes=2", "launch.rendezvous=host1"], "but it is 'host1'"),
+        (["launch=torchrun", "launch.nodes=2", "launch.rendezvous=a:0"], "=a:0 must end in a port from 1 to 65535"),
+        (["launch=torchrun", "launch.nodes=2", "launch.rendezvous=a:65536"], "=a:65536 must end in a port from 1 to"),
         (["launch=torchrun", "launch.rendezvous=host1:1"], "is where several hosts meet; set launch.nodes too"),
         (["launch=slurm", "launch.time_limit=90"], "launch.time_limit=90 must be a time [days-]hours:minutes:seconds"),
         (["launch=slurm", "launch.time_limit=00:00:00"], "launch.time_limit=00:00:00 must be a time"),
