@@ -2,6 +2,7 @@
 # What every job script of minitron calls, in this order: say_where, run_ranks, go_on_or_end. Bash; sourced.
 # The script sets RUN_JOBS, the folder <run>/jobs, and may set SRUN_OPTIONS (an array).
 #
+# The ranks check their machines first, as `minitron preflight` does.
 # Exit codes of a job: 0 done; 75 stopped on request with everything saved, and requeued; anything else is an error
 # whose line is in the log, and is not requeued. A job that waits for a failed one is cancelled by SLURM.
 set -uo pipefail
@@ -11,7 +12,7 @@ status=0
 say_where() {
     printf -- '-- job %s on %s, attempt %d, %s\n' "$SLURM_JOB_ID" "$SLURM_JOB_NODELIST" \
         $((${SLURM_RESTART_COUNT:-0} + 1)) "$(date '+%F %T')"
-    rm -f -- "$RUN_JOBS/$SLURM_JOB_ID.stopped"
+    rm -f -- "$RUN_JOBS/$SLURM_JOB_ID.stopped" "$RUN_JOBS/$SLURM_JOB_ID.code"
 }
 
 # One task is one rank: signals reach Python, and no second launcher is in between. A rank that fails ends the others.
@@ -25,12 +26,16 @@ run_ranks() {
     status=$?
 }
 
-# Rank 0 leaves the mark once everything is saved, so it counts for more than the code of a rank that was cut off.
+# Rank 0 leaves the mark once everything is saved, and a rank with an error its code: both count for more than what
+# srun gives, the code of a rank that was cut off.
 go_on_or_end() {
     if [ -e "$RUN_JOBS/$SLURM_JOB_ID.stopped" ]; then
         printf -- '-- stopped and saved: back into the queue\n'
         scontrol requeue "$SLURM_JOB_ID"
         exit 75
+    fi
+    if [ -e "$RUN_JOBS/$SLURM_JOB_ID.code" ]; then
+        status=$(<"$RUN_JOBS/$SLURM_JOB_ID.code")
     fi
     printf -- '-- ended with exit code %d, %s\n' "$status" "$(date '+%F %T')"
     exit "$status"

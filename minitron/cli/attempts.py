@@ -1,5 +1,6 @@
 """Attempts of a SLURM job: what it had done when it started again, and whether it asks for another start."""
 
+import contextlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -56,3 +57,11 @@ def note_stop(run: Path) -> None:
     if job is not None:
         (run / JOBS_DIR).mkdir(parents=True, exist_ok=True)
         (run / JOBS_DIR / f"{job.job_id}.stopped").touch()
+
+
+def note_error(run: Path, code: int) -> None:
+    """Tell the job's script the exit code of the error that ends it; the first rank that has one does it."""
+    job = slurm_job()
+    if job is not None:
+        with contextlib.suppress(OSError), (run / JOBS_DIR / f"{job.job_id}.code").open("x") as file:
+            file.write(f"{code}\n")

@@ -1,6 +1,7 @@
-"""`minitron preflight`: start the ranks of a run, and check their machines instead of running its stages."""
+"""`minitron preflight`: start the ranks of a run, and check their machines; a SLURM job does so before its stages."""
 
 import datetime
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -15,6 +16,9 @@ from minitron.errors import PlatformError
 from minitron.runtime.device import check_num_ranks, process_group, resolve_device
 from minitron.runtime.env import DistEnv
 from minitron.runtime.preflight import Check, preflight
+
+_PORTS_APART = 10000
+"""From the port of a job's ranks to that of its preflight: a rank that is early must not meet the other group."""
 
 
 def check_rank(config: RunConfig, env: DistEnv) -> None:
@@ -44,6 +48,21 @@ def check_rank(config: RunConfig, env: DistEnv) -> None:
             f"the {env.world_size} ranks do not reach each other (within preflight.timeout_s="
             f"{config.preflight.timeout_s}): {reason}"
         ) from error
+
+
+def check_job(config: RunConfig, env: DistEnv) -> None:
+    """Check a SLURM job's machines at its start, briefly: too briefly to judge speeds, which are shown only.
+
+    Args:
+        config: The run, as this job was started.
+        env: This process's rank.
+
+    Raises:
+        PlatformError: As `check_rank`; the job ends with it, and is not requeued.
+    """
+    brief = replace(config.preflight, message_mb=1, outlier_share=0.0)
+    apart = replace(env, master_port=env.master_port - _PORTS_APART)
+    check_rank(replace(config, preflight=brief), apart)
 
 
 def _agree(failed: list[str], number: int) -> None:

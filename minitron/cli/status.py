@@ -1,6 +1,8 @@
 """`minitron status`: what a run's folder and SLURM show of its progress. Needs neither torch nor Megatron-Core."""
 
 import json
+import shutil
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,8 +16,10 @@ from minitron.config.trainings import TRAININGS, in_step, settings_of
 from minitron.errors import ArtefactError, PlatformError
 from minitron.log import complain
 from minitron.runtime.artefact import META_FILE, PARTIAL_DIR, RESOLVED_FILE
-from minitron.runtime.slurm import JobState, job_states, read_jobs
+from minitron.runtime.slurm import JobState, ended_states, job_states, read_jobs
 from minitron.runtime.tracking import read_metrics
+
+_UNKNOWN = "unknown to SLURM"
 
 
 @dataclass(frozen=True)
@@ -24,9 +28,10 @@ class StageStatus:
 
     Attributes:
         stage: Name of the stage.
-        state: done, running, begun (no process known), waiting, or what SLURM calls a job that has ended.
+        state: done, running, begun (no process known), waiting, what SLURM calls a job that has ended, or that it does
+            not know the job any more.
         job: Number of its latest job; None when it was started without SLURM.
-        note: SLURM's reason for waiting or failing.
+        note: SLURM's reason for waiting or failing; of what runs, the time that its job has left.
         step, num_steps: Of a training stage, as far as they are known.
         loss: At that step, nats per token.
         seconds: What a finished stage took; of one that trains, what it still needs at its present speed.
@@ -75,11 +80,7 @@ def status_of(run: Path) -> list[StageStatus]:
         raise ArtefactError(f"{run} is not a run's folder (it has no {file.name}); give one, such as runs/demo")
     config = load_resolved(file)
     jobs = {stage: number for number, _, stages in read_jobs(run) for stage in stages}
-    try:
-        states = job_states(sorted(set(jobs.values())))
-    except PlatformError as error:  # the folder has more to say
-        complain(f"{error}; what follows is from the folder alone")
-        states = {}
+    states = _states(sorted(set(jobs.values())))
     metas = {path.parent.relative_to(run).as_posix(): _read(path) for path in _metas(run)}
     begun = [path.parent.relative_to(run / PARTIAL_DIR).as_posix() for path in (run / PARTIAL_DIR).rglob("digest")]
     finished = sorted(metas, key=lambda stage: str(metas[stage].get("finished", "")))
@@ -88,6 +89,19 @@ def status_of(run: Path) -> list[StageStatus]:
         job = jobs.get(stage)
         rows.append(_status(run, stage, config, metas.get(stage), job, None if job is None else states.get(job)))
     return rows
+
+
+def _states(jobs: Sequence[int]) -> dict[int, JobState]:
+    """What SLURM says of jobs, or that it says nothing; empty where it cannot be asked."""
+    if shutil.which("squeue") is None:
+        return {}
+    try:
+        states = job_states(jobs)
+    except PlatformError as error:  # the folder has more to say
+        complain(f"{error}; what follows is from the folder alone")
+        return {}
+    states |= ended_states([job for job in jobs if job not in states])
+    return {job: states.get(job, JobState(_UNKNOWN, "", "")) for job in jobs}
 
 
 def _metas(run: Path) -> list[Path]:
@@ -111,9 +125,11 @@ def _status(
     if state is None:
         word, note = "begun" if begun else "waiting", ""
     elif state.is_over:
-        word, note = state.state.lower(), state.reason
+        word, note = state.state if state.state == _UNKNOWN else state.state.lower(), state.reason
+    elif begun and state.state == "RUNNING":
+        word, note = "running", f"job ends in {state.time_left}"
     else:
-        word, note = ("running" if begun and state.state == "RUNNING" else "waiting"), state.reason
+        word, note = "waiting", state.reason
     return StageStatus(stage, word, job, note, step, num_steps, loss, left)
 
 

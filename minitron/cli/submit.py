@@ -1,5 +1,7 @@
 """launch=slurm: a run's stages as jobs of the cluster, each after those whose results it reads."""
 
+import os
+import shutil
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
@@ -11,7 +13,7 @@ from rich.table import Table
 from minitron.config.compose import to_yaml
 from minitron.config.launch import nodes_of
 from minitron.config.run import Device, RunConfig
-from minitron.errors import ArtefactError, MinitronError
+from minitron.errors import ArtefactError, ConfigError, MinitronError
 from minitron.pipeline import OutsideHashes, Planned
 from minitron.runtime.artefact import OUTSIDE_FILE, RESOLVED_FILE, RunFolder, storage_error, write_json
 from minitron.runtime.slurm import (
@@ -19,9 +21,11 @@ from minitron.runtime.slurm import (
     JOBS_DIR,
     JOBS_FILE,
     Job,
+    NoSlurmError,
     Place,
     cancel,
     job_states,
+    mounts,
     read_jobs,
     render_script,
     submit,
@@ -42,11 +46,13 @@ def submit_run(planned: Sequence[Planned], config: RunConfig, run: RunFolder, ou
 
     Raises:
         ArtefactError: The run folder cannot be written.
+        ConfigError: What the jobs read is not in their container.
         PlatformError: SLURM refuses a job; those before it are taken back.
     """
     console = Console(soft_wrap=True)
     jobs = jobs_of(planned, config)
     place = _place(config, run)
+    check_mounts(config, place)
     if config.cluster.gpus_per_node and config.device is Device.auto:
         config = replace(config, device=Device.cuda)  # a node without its GPUs is an error, not a slow job
     arguments = [str(place.folder / RESOLVED_FILE), str(place.folder / OUTSIDE_FILE)]
@@ -75,6 +81,39 @@ def submit_run(planned: Sequence[Planned], config: RunConfig, run: RunFolder, ou
     numbers = _submit_all(jobs, place)
     console.print(_table(jobs, numbers))
     console.print(f"scripts and logs: {place.folder}/; how it goes: minitron status {run.path}", highlight=False)
+
+
+def check_mounts(config: RunConfig, place: Place) -> None:
+    """Refuse what the run reads from a folder that its jobs' container does not have.
+
+    Raises:
+        ConfigError: With what to mount.
+    """
+    if not config.launch.container_image:
+        return
+    read: dict[str, Sequence[str | None]] = {
+        "source.path": [config.source.path],
+        "data.paths": config.data.paths,
+        "distill.teacher.path": [config.distill.teacher.path],
+        "distill.teacher.cache": [config.distill.teacher.cache],
+        "eval.checkpoint": [config.eval.checkpoint],
+    }
+    parts = [mount.split(":") for mount in mounts(place, config.launch)]
+    for key, paths in read.items():
+        for path in filter(None, paths):
+            named = Path(os.path.abspath(place.cwd / path))
+            real = named.resolve()  # where a link leads has to be there too
+            if not any(named.is_relative_to(words[:2][-1]) for words in parts):
+                lacking = named
+            elif not any(real.is_relative_to(Path(words[0]).resolve()) for words in parts):
+                lacking = real
+            else:
+                continue
+            folder = lacking if lacking.is_dir() else lacking.parent
+            raise ConfigError(
+                f"{key}={path} is not in the container, which has {', '.join(dict.fromkeys(w[0] for w in parts))}; "
+                f"add {folder}:{folder} to launch.container_mounts"
+            )
 
 
 def jobs_of(planned: Sequence[Planned], config: RunConfig) -> list[Job]:
@@ -128,7 +167,9 @@ def _submit_all(jobs: Sequence[Job], place: Place) -> dict[str, int]:
             numbers[job.name] = submit(_script(place, job), [numbers[name] for name in job.after])
         written = [{"job_id": numbers[job.name], "name": job.name, "stages": job.stages} for job in jobs]
         write_json(place.folder / JOBS_FILE, written)
-    except (MinitronError, OSError):
+    except (MinitronError, OSError) as error:
+        if isinstance(error, NoSlurmError) and not numbers:
+            shutil.rmtree(place.folder)  # scripts that nobody has
         cancel(list(numbers.values()))
         raise
     return numbers

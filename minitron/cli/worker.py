@@ -41,6 +41,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     hold_stop_signal()
     resolved, stages, outside = sys.argv[1:] if argv is None else argv
     env = dist_env() or slurm_env()
+    config = None
     try:
         if env is None:
             raise PlatformError(f"{__name__} is started by minitron or torchrun, not by hand")
@@ -48,12 +49,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         from minitron.config.compose import load_resolved
 
         hashes = json.loads(Path(outside).read_text(encoding="utf-8"))
-        run_rank(load_resolved(Path(resolved)), stages.split(","), env, outside=hashes)
+        config = load_resolved(Path(resolved))
+        run_rank(config, stages.split(","), env, outside=hashes)
     except StoppedError as stopped:
         report_error(stopped, env)
         return stopped_code(env)
     except MinitronError as error:
         report_error(error, env)
+        if config is not None and config.launch.kind is LaunchKind.slurm:
+            from minitron.cli.attempts import note_error
+
+            note_error(Path(config.runs_dir) / config.name, error.exit_code)
         return error.exit_code
     return 0
 
@@ -101,6 +107,7 @@ def run_rank(config: RunConfig, wanted: Sequence[str], env: DistEnv, *, outside:
     from rich.console import Console
 
     from minitron.cli.attempts import note_attempt, note_stop
+    from minitron.cli.preflight import check_job
     from minitron.parallel.groups import model_parallel
     from minitron.pipeline import run_stages
     from minitron.runtime.artefact import RunFolder
@@ -111,6 +118,8 @@ def run_rank(config: RunConfig, wanted: Sequence[str], env: DistEnv, *, outside:
     with in_turn(env):
         check_num_ranks(env, config.parallel)
         device = resolve_device(config.device)
+    if config.launch.kind is LaunchKind.slurm:
+        check_job(config, env)
     run = RunFolder(Path(config.runs_dir) / config.name)
     with process_group(env, device), model_parallel(config.parallel, seed=config.seed) as groups, in_turn(env):
         check_transformer_engine(config, device)

@@ -52,7 +52,8 @@ class LaunchConfig:
     container_image: str | None = None
     """slurm: image for pyxis (a .sqsh file or registry#name:tag); null runs `python` on the node itself."""
     container_mounts: list[str] = field(default_factory=list)
-    """slurm: ``from[:to[:flags]]`` of folders in the container, beside the working folder and `runs_dir`."""
+    """slurm: ``from[:to[:flags]]`` of folders in the container, beside the working folder and `runs_dir`; models and
+    text outside of those need one."""
     python: str | None = None
     """slurm: interpreter on the nodes; null is the one that submits, in a container ``python``."""
 

@@ -2,7 +2,7 @@
 
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -26,12 +26,13 @@ from minitron.distill.cache_plan import cache_identity, needed_samples
 from minitron.distill.sparsify import sparse_entries
 from minitron.distill.teacher import freeze
 from minitron.distill.vocabulary import common_vocab_size, vocabulary_of
-from minitron.errors import ArtefactError
+from minitron.errors import ArtefactError, StoppedError
 from minitron.losses.vocab import VocabShard
 from minitron.models.gpt import Chunks, FinalState
 from minitron.models.load import load_gpt
 from minitron.parallel.groups import Groups
 from minitron.runtime.session import Session
+from minitron.runtime.signals import stop_agreement
 from minitron.train.heldout import forward_only, groups_of
 
 _SHARD_SECONDS = 60.0
@@ -59,6 +60,7 @@ def write_teacher_logits(
     Raises:
         ModelError: The teacher's tokenizer is another than the data's.
         ArtefactError: What is in the folder belongs to something else or is damaged, or the disk is too small.
+        StoppedError: The job was asked to stop; the next call goes on from the shards.
     """
     common = common_vocab_size(vocabulary_of(teacher), vocabulary_of(imported))
     identity = cache_identity(session.config, data, teacher=teacher_id, vocab_size=common)
@@ -77,6 +79,9 @@ def _write_missing(session: Session, teacher: Path, identity: CacheIdentity, dat
 
     Returns:
         These samples.
+
+    Raises:
+        StoppedError: The ranks agreed to stop; what was made is in the cache.
     """
     settings, groups = session.config.teacher_logits, session.groups
     missing, first_shard = _open(session, identity, data, out)
@@ -93,10 +98,17 @@ def _write_missing(session: Session, teacher: Path, identity: CacheIdentity, dat
             dp_rank=groups.dp_rank,
             dp_size=groups.dp.size(),
         )
-        for records in _run_teacher(session, freeze(gpt), batches, identity):
-            writer.add(records)
+        num_done = 0
+        with stop_agreement() as stop_agreed:
+            for records, sequences in _run_teacher(session, freeze(gpt), batches, identity, stop_agreed):
+                writer.add(records)
+                num_done = sequences
         writer.close()
         torch.distributed.barrier()
+        if num_done < len(missing):
+            raise StoppedError(
+                f"stopped after {num_done:,} of {len(missing):,} sequences, saved; the same command goes on from there"
+            )
     return missing
 
 
@@ -146,20 +158,25 @@ def planned_size(folder: Path, identity: CacheIdentity, num_samples: int) -> str
 
 
 def _run_teacher(
-    session: Session, gpt: Chunks, batches: FixedBatches, identity: CacheIdentity
-) -> Iterator[list[Record]]:
-    """The records of each schedule; empty on all but one rank of each last stage."""
+    session: Session, gpt: Chunks, batches: FixedBatches, identity: CacheIdentity, stop_agreed: Callable[[], bool]
+) -> Iterator[tuple[list[Record], int]]:
+    """The records of each schedule, empty on all but one rank of each last stage, and all ranks' sequences so far.
+
+    It ends early when the ranks agree to stop.
+    """
     groups, device = session.groups, session.torch_device
     keeper = _Keeper(identity, groups, sequence_parallel=session.config.parallel.sequence_parallel)
     done, started = 0, time.monotonic()
     with session.progress("teacher_logits") as progress:
         for group in groups_of(batches, groups):
             results = forward_only(gpt, [batch.to(device) for batch in group], keeper)
-            yield [record for records in results for record in records]
             done += len(group)
             sequences = min(done * len(group[0].tokens_BS) * groups.dp.size(), batches.num_sequences)
+            yield [record for records in results for record in records], sequences
             speed = sequences * identity.seq_length / (time.monotonic() - started)
             progress.update(sequences, batches.num_sequences, tokens_per_s=speed)
+            if sequences < batches.num_sequences and stop_agreed():
+                return
 
 
 class _Keeper:

@@ -20,6 +20,14 @@ JOBS_DIR = "jobs"
 JOBS_FILE = "jobs.json"
 
 
+_UNREACHED = ("Could not establish a configuration source", "Unable to contact slurm controller")
+"""What SLURM's programs say where they find no cluster, or its controller does not answer."""
+
+
+class NoSlurmError(PlatformError):
+    """There is no SLURM to hand jobs to."""
+
+
 @dataclass(frozen=True)
 class Job:
     """Stages that one SLURM job runs, one after the other.
@@ -130,16 +138,21 @@ def _environment(job: Job, place: Place, launch: LaunchConfig, cluster: ClusterC
             lines.append(f"{default} # {variable.why}" if variable.why else default)
     options = []
     if launch.container_image:
-        folders = dict.fromkeys(f"{path}:{path}" for path in (place.cwd, place.run.parent))
         options += [
             f"--container-image={launch.container_image}",
-            f"--container-mounts={','.join([*folders, *launch.container_mounts])}",
+            f"--container-mounts={','.join(mounts(place, launch))}",
             f"--container-workdir={place.cwd}",
             "--no-container-mount-home",
         ]
     words = "".join(f"\n    {shlex.quote(option)}" for option in options)
     lines.append(f"SRUN_OPTIONS=({words})")
     return "\n".join(lines)
+
+
+def mounts(place: Place, launch: LaunchConfig) -> list[str]:
+    """Folders of a job's container, ``from:to``: where the jobs work, and `launch.container_mounts`."""
+    own = dict.fromkeys(f"{path}:{path}" for path in (place.cwd, place.run.parent))
+    return [*own, *launch.container_mounts]
 
 
 def submit(script: Path, after: Sequence[int]) -> int:
@@ -153,7 +166,8 @@ def submit(script: Path, after: Sequence[int]) -> int:
         The job's number.
 
     Raises:
-        PlatformError: There is no SLURM here, or it refuses; with its words.
+        NoSlurmError: There is no SLURM here, or its controller is not reached.
+        PlatformError: It refuses; with its words.
     """
     options = ["--parsable"]
     if after:
@@ -161,6 +175,11 @@ def submit(script: Path, after: Sequence[int]) -> int:
     done = _client(["sbatch", *options, str(script)])
     if done.returncode:
         refusal = done.stderr.strip().replace("\n", "; ")
+        if any(words in refusal for words in _UNREACHED):
+            raise NoSlurmError(
+                f"SLURM's controller was not reached ({refusal}); submit from a machine of the cluster, and see "
+                "SLURM_CONF and `scontrol ping`"
+            )
         raise PlatformError(f"sbatch refuses {script}: {refusal}; change cluster=, cluster.* or launch.*")
     number = done.stdout.strip().split("\n")[-1].split(";")[0]  # a site's own words come before
     if not number.isdecimal():
@@ -214,6 +233,24 @@ def job_states(jobs: Sequence[int]) -> dict[int, JobState]:
     return states
 
 
+def ended_states(jobs: Sequence[int]) -> dict[int, JobState]:
+    """What SLURM's accounting says of jobs that squeue has forgotten; empty where a cluster keeps none.
+
+    squeue knows a job for MinJobAge after its end, five minutes by default.
+    """
+    if not jobs or shutil.which("sacct") is None:
+        return {}
+    form = ["--noheader", "--parsable2", "--allocations", "--format=JobIDRaw,State,Reason"]
+    done = _client(["sacct", *form, f"--jobs={','.join(map(str, jobs))}"])
+    states = {}
+    for line in done.stdout.splitlines():
+        job, state, reason = line.split("|", 2)
+        found = JobState(state.split()[0], "", "" if reason == "None" else reason)  # such as "CANCELLED by 1000"
+        if found.is_over:  # an end that was never accounted is none
+            states[int(job)] = found
+    return states
+
+
 def read_jobs(run: Path) -> list[tuple[int, str, list[str]]]:
     """Number, name and stages of every job that was submitted for a run, oldest first."""
     found = []
@@ -227,7 +264,7 @@ def _client(command: list[str]) -> subprocess.CompletedProcess[str]:
     try:
         return subprocess.run(command, capture_output=True, text=True, check=False)
     except OSError as error:
-        raise PlatformError(
+        raise NoSlurmError(
             f"{command[0]} cannot be started ({error.strerror}); launch=slurm needs a machine that can submit jobs, "
             "launch.dry_run=true prints the scripts anywhere"
         ) from error

@@ -1,6 +1,7 @@
 """launch=slurm on a real SLURM of a head and two nodes, one rank each; figures against a run in one piece."""
 
 import json
+import re
 import time
 from pathlib import Path
 
@@ -31,6 +32,14 @@ def _log(runs_dir: Path, name: str, job: int) -> str:
     return file.read_text()
 
 
+def _preflight(log: str) -> dict[str, str]:
+    """Result of every check at the start of a job's log, by name; nothing but the job's own line is before it."""
+    start, *rows = log.partition("[1/")[0].splitlines()
+    assert start.startswith("-- job ")
+    columns = [re.split(r"\s{2,}", row.strip()) for row in rows]
+    return {words[0]: " ".join(words[1:]) for words in columns if len(words) == 3}
+
+
 def _wait_for_step(runs_dir: Path, step: int) -> None:
     run = runs_dir / NAME
     wait_until(f"step {step} of distill", lambda: len(losses_of(run)) >= step, timeout_s=400, interval_s=0.05)
@@ -46,6 +55,10 @@ def test_compress_as_jobs_over_two_nodes(cluster: SlurmCluster, unbroken: Unbrok
     log = _log(tmp_path, "score", jobs["score"])
     assert states == dict.fromkeys(names, ("COMPLETED", 0)), log
     assert "on node[1-2], attempt 1" in log
+    for name, job in jobs.items():
+        checks = _preflight(_log(tmp_path, name, job))
+        ranks = "1 on node1" if name in ("import", "export", "report") else "2 on 2 hosts"
+        assert (checks["ranks"], checks["run folder"]) == (f"ok {ranks}", "ok seen by all ranks"), name
     run = tmp_path / NAME
     assert losses_of(run) == unbroken.losses
     for stage in ("import", "data", "score", "prune", "verify", "distill", "export", "report"):
@@ -54,6 +67,20 @@ def test_compress_as_jobs_over_two_nodes(cluster: SlurmCluster, unbroken: Unbrok
     rows = {row.stage: row for row in status_of(run)}
     assert {row.state for row in rows.values()} == {"done"}
     assert (rows["distill"].step, rows["distill"].num_steps) == (len(unbroken.losses),) * 2
+
+
+def test_a_job_on_unfit_machines_ends_at_its_preflight(
+    cluster: SlurmCluster, unbroken: Unbroken, tmp_path: Path
+) -> None:
+    folder = unbroken.copy_undistilled(tmp_path)
+    (job,) = _submit(cluster, "distill", tmp_path, "preflight.min_free_gb=1e9").values()
+    ended = cluster.wait([job], timeout_s=120)[job]
+    log = _log(tmp_path, "distill", job)
+    assert (ended.state, ended.exit_code, ended.restarts) == ("FAILED", "10:0", 0), log
+    checks = _preflight(log)
+    assert [name for name, found in checks.items() if found.startswith("FAILED")] == ["disk space"]
+    assert log.count("error: preflight: 1 of 10 checks failed: disk space; the table says why") == 1
+    assert not (folder / ".partial" / "distill").exists()
 
 
 def test_requeued_in_the_middle_of_distilling(cluster: SlurmCluster, unbroken: Unbroken, tmp_path: Path) -> None:
@@ -82,7 +109,10 @@ def test_asked_to_stop_it_saves_and_requeues_itself(cluster: SlurmCluster, unbro
 
 
 def test_time_limit(cluster: SlurmCluster, unbroken: Unbroken, tmp_path: Path) -> None:
-    """A run longer than its job's two minutes is asked to save, requeues itself, and is finished by a later attempt."""
+    """A run longer than its job's two minutes is asked to save, requeues itself, and goes on from the saved step.
+
+    It is not run to its end: that what goes on so has the losses of an unbroken run, the test before this one shows.
+    """
     unbroken.copy_undistilled(tmp_path)
     num_steps = 2400
     longer = [f"distill.train.num_tokens={num_steps * TOKENS_PER_STEP}", "distill.train.save_interval_steps=0"]

@@ -1,5 +1,7 @@
 """What the ranks of the tests of cached teachers run. Imports no transformers: workers import this file."""
 
+import signal
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -12,8 +14,10 @@ from minitron.config.run import Device, RunConfig
 from minitron.distill import cache_write
 from minitron.distill.cache_write import write_teacher_logits
 from minitron.distill.run import distill
+from minitron.errors import StoppedError
 from minitron.runtime.artefact import RunFolder
 from minitron.runtime.session import Session
+from minitron.runtime.signals import STOP_SIGNAL, hold_stop_signal, stop_was_asked
 from minitron.runtime.tracking import read_metrics
 from minitron.train.run import StartingPoint
 from tests.parallel.workers import in_layout
@@ -75,6 +79,28 @@ def write_cache(job: Job, parallel: ParallelConfig, out: Path, *, stop_after: in
         finally:
             cache_write._SHARD_SECONDS, cache_write.write_shard = seconds, whole
     raise AssertionError("it was not stopped")
+
+
+def write_asked_to_stop(job: Job, parallel: ParallelConfig, out: Path) -> str:
+    """Write what is missing, the last rank being asked to stop before; what the stop says, on this rank."""
+    hold_stop_signal()
+    try:
+        with in_layout(parallel) as groups:
+            session = job.session(groups, parallel)
+            out.mkdir(exist_ok=True)
+            if groups.world_rank == parallel.num_ranks - 1:
+                signal.pthread_kill(threading.get_ident(), STOP_SIGNAL)  # other threads do not hold it back
+            try:
+                write_teacher_logits(
+                    session, teacher=job.teacher, teacher_id=TEACHER_ID, imported=job.student, data=job.data, out=out
+                )
+            except StoppedError as stopped:
+                return str(stopped)
+    finally:
+        if stop_was_asked():
+            signal.sigwait({STOP_SIGNAL})
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {STOP_SIGNAL})
+    raise AssertionError("it did not stop")
 
 
 def distill_steps(

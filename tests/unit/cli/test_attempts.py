@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from minitron.cli.attempts import note_attempt, note_stop
+from minitron.cli.attempts import note_attempt, note_error, note_stop
 from minitron.errors import PlatformError
 
 Env = pytest.MonkeyPatch
@@ -49,6 +49,7 @@ def test_nothing_is_noted_outside_of_a_job(tmp_path: Path, monkeypatch: Env) -> 
     monkeypatch.delenv("SLURM_JOB_ID", raising=False)
     note_attempt(tmp_path, ["distill"], limit=0)
     note_stop(tmp_path)
+    note_error(tmp_path, 10)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -56,3 +57,12 @@ def test_the_mark_that_the_script_looks_for(tmp_path: Path, monkeypatch: Env) ->
     monkeypatch.setenv("SLURM_JOB_ID", "7")
     note_stop(tmp_path)
     assert (tmp_path / "jobs" / "7.stopped").exists()
+
+
+def test_the_first_error_s_code_counts(tmp_path: Path, monkeypatch: Env) -> None:
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    note_error(tmp_path, 10)  # a folder that cannot be written is no further error
+    (tmp_path / "jobs").mkdir()
+    for code in (9, 10):
+        note_error(tmp_path, code)
+    assert (tmp_path / "jobs" / "7.code").read_text() == "9\n"

@@ -56,7 +56,7 @@ def test_stages_steps_and_jobs(run: Path, jobs: Path) -> None:
     assert status_of(run) == [
         StageStatus("prune", "done", 12, seconds=75.0),
         # 60 steps of 256 tokens at 1280 tokens/s
-        StageStatus("distill", "running", 15, step=40, num_steps=100, loss=2.5, seconds=12.0),
+        StageStatus("distill", "running", 15, "job ends in 1:00:00", step=40, num_steps=100, loss=2.5, seconds=12.0),
         StageStatus("eval_distilled", "waiting", 15),
         StageStatus("export", "waiting", 13, "Dependency"),
         StageStatus("import", "done", seconds=3.0),
@@ -86,6 +86,27 @@ def test_a_failed_job(run: Path, jobs: Path) -> None:
     assert shown["export"] == ("cancelled", "Dependency")
 
 
+def _stand_in(jobs: Path, name: str, said: str, code: int = 0) -> None:
+    (jobs / name).write_text(f"#!/bin/sh\nprintf '{said}'\nexit {code}\n")
+    (jobs / name).chmod(0o755)
+
+
+def test_jobs_that_squeue_has_forgotten(run: Path, jobs: Path) -> None:
+    """MinJobAge after its end a job is known to the accounting only, where a cluster has one."""
+    _stand_in(jobs, "squeue", "13|PENDING|4:00:00|Dependency\\n")
+    _stand_in(jobs, "sacct", "", 1)  # Slurm accounting storage is disabled
+    unknown = {row.stage: row.state for row in status_of(run)}
+    assert unknown["distill"] == unknown["eval_distilled"] == "unknown to SLURM"
+    assert (unknown["prune"], unknown["export"]) == ("done", "waiting")
+    for said, shown in (
+        ("FAILED|NonZeroExitCode", ("failed", "NonZeroExitCode")),
+        ("CANCELLED by 1000|None", ("cancelled", "")),
+        ("RUNNING|None", ("unknown to SLURM", "")),  # an end that was never accounted
+    ):
+        _stand_in(jobs, "sacct", f"15|{said}\\n")
+        assert {row.stage: (row.state, row.note) for row in status_of(run)}["distill"] == shown
+
+
 def test_printed_without_torch(run: Path, jobs: Path) -> None:
     code = (
         "import sys; from minitron.cli.main import main; main(['status', sys.argv[1]]); print('torch' in sys.modules)"
@@ -94,7 +115,20 @@ def test_printed_without_torch(run: Path, jobs: Path) -> None:
         [sys.executable, "-c", code, str(run)], capture_output=True, text=True, check=True, timeout=60
     )
     lines = [line.split() for line in done.stdout.splitlines()]
-    assert lines[2] == ["distill", "running", "15", "40/100", "2.5000", "12", "s", "left"]
+    assert lines[2] == [
+        "distill",
+        "running",
+        "15",
+        "40/100",
+        "2.5000",
+        "12",
+        "s",
+        "left",
+        "job",
+        "ends",
+        "in",
+        "1:00:00",
+    ]
     assert lines[1] == ["prune", "done", "12", "1", "min", "15", "s"]
     assert lines[-1] == ["False"]
 

@@ -5,9 +5,8 @@ A few lines of shell stand in for SLURM's programs; the real ones run in tests/l
 
 import json
 import os
-import shlex
-import shutil
 import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -153,7 +152,7 @@ export PYTORCH_ALLOC_CONF="${{PYTORCH_ALLOC_CONF:-expandable_segments:True}}" # 
 changing size
 SRUN_OPTIONS=(
     --container-image=/images/minitron.sqsh
-    --container-mounts={cwd}:{cwd},{runs}:{runs},/lustre:/lustre
+    --container-mounts={cwd}:{cwd},{runs}:{runs},/lustre:/lustre,{text}
     --container-workdir={cwd}
     --no-container-mount-home)
 
@@ -173,13 +172,22 @@ go_on_or_end
 def test_script_of_a_dgx_job(compress: Compress, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     layout = [*TWO, "parallel.data_parallel_size=8", "distill.train.micro_batch_size=1"]
     settings = ["launch.time_limit=1-00:00:00", "launch.signal_lead_s=600", "cluster.options=['--nice=10']"]
-    container = ["launch.container_image=/images/minitron.sqsh", "launch.container_mounts=['/lustre:/lustre']"]
+    container = [
+        "launch.container_image=/images/minitron.sqsh",
+        f"launch.container_mounts=['/lustre:/lustre',{tmp_path}]",
+    ]
     cluster = ["cluster=dgx_h100", "cluster.account=llm", "launch.dry_run=true"]
     assert compress(*cluster, *layout, *settings, *container) == 0
     scripts = capsys.readouterr().out.split("# ---- ")[1:]
     script = next(part for part in scripts if "/distill.sbatch," in part.splitlines()[0]).partition("\n")[2]
     runs = tmp_path / "runs"
-    names = {"cwd": Path.cwd(), "runs": runs, "run": runs / "tiny", "folder": runs / "tiny" / "jobs" / "001"}
+    names = {
+        "cwd": Path.cwd(),
+        "text": tmp_path,
+        "runs": runs,
+        "run": runs / "tiny",
+        "folder": runs / "tiny" / "jobs" / "001",
+    }
     assert script.rstrip("\n") == DGX.format(**names).rstrip("\n")
     alone = next(part for part in scripts if "/prune.sbatch," in part.splitlines()[0])
     for option in ("--nodes=1", "--ntasks-per-node=1", "--cpus-per-task=14", "--mem=240G", "--time=04:00:00"):
@@ -187,6 +195,26 @@ def test_script_of_a_dgx_job(compress: Compress, capsys: pytest.CaptureFixture[s
     for absent in ("gpus-per-node", "signal", "exclusive", "NCCL"):
         assert absent not in alone
     assert 'export CUDA_VISIBLE_DEVICES=""' in alone
+
+
+def test_what_a_container_lacks_is_refused(
+    compress: Compress, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    container = ["launch.container_image=/images/minitron.sqsh", "launch.dry_run=true"]
+    text = tmp_path / "text.txt"
+    assert compress(*container) == 3
+    assert capsys.readouterr().err == (
+        f"error: data.paths={text} is not in the container, which has {Path.cwd()}, {tmp_path / 'runs'}; "
+        f"add {tmp_path}:{tmp_path} to launch.container_mounts\n"
+    )
+    assert compress(*container, f"launch.container_mounts=['{tmp_path}:/elsewhere']") == 3  # not by this name
+    assert f"add {tmp_path}:{tmp_path} to" in capsys.readouterr().err
+    assert compress(*container, f"launch.container_mounts=['{tmp_path}:{tmp_path}:ro']") == 0
+    (tmp_path / "linked").mkdir()
+    (tmp_path / "linked" / "text.txt").symlink_to(text)
+    linked = [f"data.paths=[{tmp_path / 'linked' / 'text.txt'}]", f"launch.container_mounts=[{tmp_path / 'linked'}]"]
+    assert compress(*container, *linked) == 3
+    assert f"add {tmp_path}:{tmp_path} to" in capsys.readouterr().err
 
 
 def test_jobs_are_submitted_in_order(
@@ -239,12 +267,33 @@ def test_a_run_with_jobs_in_the_queue_is_left_alone(
     assert (tmp_path / "runs" / "tiny" / "jobs" / "002" / "import.sbatch").exists()
 
 
-def test_no_slurm_here(compress: Compress, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_no_slurm_here(
+    compress: Compress, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
     monkeypatch.setenv("PATH", "/nowhere")
     assert compress(verb="import") == 10
     assert "sbatch cannot be started (No such file or directory); launch=slurm needs a machine that can submit" in (
         capsys.readouterr().err
     )
+    assert not list(tmp_path.glob("runs/tiny/jobs/*"))
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        "sbatch: error: fetch_config: DNS SRV lookup failed\nsbatch: fatal: Could not establish a configuration source",
+        "sbatch: error: Batch job submission failed: Unable to contact slurm controller (connect failure)",
+    ],
+)
+def test_no_cluster_behind_sbatch(
+    compress: Compress, slurm: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path, said: str
+) -> None:
+    (slurm / "sbatch").write_text(f"#!/bin/bash\necho '{said}' >&2\nexit 1\n")
+    assert compress(verb="import") == 10
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: SLURM's controller was not reached (sbatch: ")
+    assert line.endswith("submit from a machine of the cluster, and see SLURM_CONF and `scontrol ping`")
+    assert not list(tmp_path.glob("runs/tiny/jobs/*"))
 
 
 def test_shells_agree_with_the_scripts(compress: Compress, slurm: Path, tmp_path: Path) -> None:
@@ -259,10 +308,30 @@ def test_shells_agree_with_the_scripts(compress: Compress, slurm: Path, tmp_path
     assert "job 5 on n1, attempt 1" in done.stdout
     assert "\n/opt/my python/bin/python\n-m\nminitron.cli.worker\n" in done.stdout
     assert "-- ended with exit code 7" in done.stdout
-    if shutil.which("shellcheck") is not None:
-        scripts = shlex.join([str(folder / "import.sbatch")])
-        checked = subprocess.run(f"shellcheck --exclude=SC1091,SC2034 {scripts}", shell=True, check=False)
-        assert checked.returncode == 0
+    shellcheck = Path(sys.executable).with_name("shellcheck")
+    assert shellcheck.exists()
+    scripts = [folder / "import.sbatch", folder / "common.sh"]
+    checked = subprocess.run(
+        [shellcheck, "--exclude=SC1091,SC2034", *scripts], capture_output=True, text=True, check=False
+    )
+    assert checked.returncode == 0, checked.stdout
+
+
+def test_a_job_ends_with_the_code_of_the_error_not_of_the_ranks_that_it_cut_off(
+    compress: Compress, slurm: Path, tmp_path: Path
+) -> None:
+    assert compress(verb="import") == 0
+    jobs = tmp_path / "runs" / "tiny" / "jobs"
+    (jobs / "5.code").write_text("3\n")  # of the attempt before
+    (slurm / "srun").write_text(f"#!/bin/bash\n[ -e {jobs}/5.code ] || echo 10 >{jobs}/5.code\nexit 143\n")
+    (slurm / "srun").chmod(0o755)
+    env = {**os.environ, "SLURM_JOB_ID": "5", "SLURM_JOB_NODELIST": "n1"}
+    done = subprocess.run(
+        ["bash", jobs / "001" / "import.sbatch"], env=env, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 10, done.stderr
+    assert "-- ended with exit code 10" in done.stdout
+    assert "requeue" not in (slurm / "calls").read_text()
 
 
 @pytest.mark.parametrize(("stops", "code"), [(True, 75), (False, 0)])
