@@ -29,7 +29,13 @@ from minitron.errors import ConfigError, ModelError, StoppedError
 from minitron.pipeline import OutsideHashes, Planned, outside_hashes, plan_stages
 from minitron.prune.given import target_of
 from minitron.runtime.artefact import OUTSIDE_FILE, RESOLVED_FILE, RunFolder, storage_error, write_json, write_whole
-from minitron.runtime.device import check_devices, check_num_ranks, check_precision, resolve_device
+from minitron.runtime.device import (
+    check_cluster_precision,
+    check_devices,
+    check_num_ranks,
+    check_precision,
+    resolve_device,
+)
 from minitron.runtime.env import DistEnv, wandb_mode
 from minitron.runtime.environment import environment
 from minitron.runtime.launch import launch_ranks
@@ -52,10 +58,12 @@ def run_job(verb: str, config: RunConfig, env: DistEnv | None) -> int:
         if env is not None:
             _check_started(env, config, wanted)
         check_models(config)
-        if config.launch.kind is not LaunchKind.slurm:  # the machine that submits need not have the nodes' device
+        if config.launch.kind is not LaunchKind.slurm:
             check_precision(config, resolve_device(config.device))
         elif verb == SEARCH:
             raise ConfigError("minitron search is one job of several rounds; start it inside an allocation, with srun")
+        else:  # the machine that submits need not have the nodes' device
+            check_cluster_precision(config)
         if config.tracking.wandb:
             wandb_mode()
         if verb == SEARCH or "data" in wanted:

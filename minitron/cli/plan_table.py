@@ -28,6 +28,7 @@ _ITEMS = {
     "fp8_weights": "FP8 copies of weights",
     "total": "total",
 }
+"""Lines of the memory tables; one that is 0 on every stage is left out."""
 
 
 def print_plan(plan: Plan, config: RunConfig, origin: str, console: Console) -> None:
@@ -56,6 +57,13 @@ def print_plan(plan: Plan, config: RunConfig, origin: str, console: Console) -> 
         style="dim",
         highlight=False,
     )
+    if config.fp8_recipes and settings.peak_tflops is None:
+        console.print(
+            f"FP8: hours at the peak of {config.precision.dtype}, in which attention and output layer stay; what FP8 "
+            "saves is not in them",
+            style="dim",
+            highlight=False,
+        )
 
 
 def _table(title: str, *headings: str) -> Table:
@@ -90,9 +98,9 @@ def _memory(item: PlannedPass, config: RunConfig) -> Table:
     headings = [f"stage {first}" if first == last else f"stages {first}-{last}" for first, last, _ in stages]
     table = _table(title, "", *headings)
     for name, label in _ITEMS.items():
-        if name == "fp8_weights" and not any(memory.fp8_weights for _, _, memory in stages):
-            continue
         values = [getattr(memory, name) / _GB for _, _, memory in stages]
+        if not any(values):
+            continue
         table.add_row(label, *(f"{value:.3f}" for value in values), style="bold" if name == "total" else None)
     return table
 

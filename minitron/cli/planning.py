@@ -5,6 +5,8 @@ from pathlib import Path
 from rich.console import Console
 
 from minitron.cli.plan_table import print_plan
+from minitron.config.fp8 import unmet_need
+from minitron.config.gpus import GPUS
 from minitron.config.model import ModelConfig
 from minitron.config.run import RunConfig, SourceKind
 from minitron.errors import ConfigError
@@ -22,16 +24,31 @@ def run_plan(config: RunConfig) -> int:
         Exit code.
 
     Raises:
-        ConfigError: The shape of a model is not known.
+        ConfigError: The shape of a model is not known, or ``plan.gpu`` cannot do the run's FP8.
         PruneError: A target does not fit its source.
-        LayoutError: The layout cannot split a model.
+        LayoutError: The layout cannot split a model, or FP8 cannot multiply its widths.
     """
+    _check_gpu(config)
     source, origin = source_shape(config)
     plan = plan_run(config, source, _given_teacher(config), target_of=target_of)
     console = Console(soft_wrap=True)
     console.width = max(console.width, _WIDTH)
     print_plan(plan, config, origin, console)
     return 0
+
+
+def _check_gpu(config: RunConfig) -> None:
+    """Refuse to plan FP8 for GPUs that cannot do it."""
+    gpu = config.plan.gpu
+    for key, recipe in config.fp8_recipes.items():
+        if reason := unmet_need(recipe, capability=GPUS[gpu].capability, cuda=None):
+            others = (
+                other for other, has in GPUS.items() if not unmet_need(recipe, capability=has.capability, cuda=None)
+            )
+            raise ConfigError(
+                f"plan.gpu={gpu} cannot do {key}={recipe}: {reason}; set plan.gpu={'|'.join(others)}, or choose "
+                "another recipe, or bf16"
+            )
 
 
 def source_shape(config: RunConfig) -> tuple[ModelConfig, str]:

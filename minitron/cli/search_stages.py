@@ -41,7 +41,13 @@ def is_search(wanted: Sequence[str]) -> bool:
 
 def search_space(config: RunConfig, run: RunFolder) -> Space:
     """What is left of the grid; before latencies are measured, what they decide is still in."""
-    return enumerate_space(source_model(config), config.prune, config.search, config.parallel, latencies(config, run))
+    return _space(config, latencies(config, run))
+
+
+def _space(config: RunConfig, latency: Latency | None) -> Space:
+    return enumerate_space(
+        source_model(config), config.prune, config.search, config.parallel, latency, precision=config.precision
+    )
 
 
 def latencies(config: RunConfig, run: RunFolder) -> Latency | None:
@@ -220,7 +226,7 @@ def _rung(distill: Stage, steps: int) -> Stage:
 
 def _latency_values(config: RunConfig) -> dict[str, Any]:
     """What decides latencies: every width that may be a candidate's, and how it is run."""
-    space = enumerate_space(source_model(config), config.prune, config.search, config.parallel, None)
+    space = _space(config, None)
     return {
         "search.widths": sorted({width_name(candidate.model) for candidate in space.candidates}),
         **flat_values(config.search.serving, "search.serving"),

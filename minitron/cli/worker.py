@@ -111,13 +111,21 @@ def run_rank(config: RunConfig, wanted: Sequence[str], env: DistEnv, *, outside:
     from minitron.parallel.groups import model_parallel
     from minitron.pipeline import run_stages
     from minitron.runtime.artefact import RunFolder
-    from minitron.runtime.device import check_num_ranks, check_transformer_engine, process_group, resolve_device
+    from minitron.runtime.device import (
+        check_num_ranks,
+        check_precision,
+        check_transformer_engine,
+        process_group,
+        resolve_device,
+    )
     from minitron.runtime.session import Session
 
     config = as_started(config, wanted, env.world_size)
     with in_turn(env):
         check_num_ranks(env, config.parallel)
         device = resolve_device(config.device)
+        if not runs_alone(config, wanted):  # what one process does multiplies nothing in FP8, and may have no GPU
+            check_precision(config, device)
     if config.launch.kind is LaunchKind.slurm:
         check_job(config, env)
     run = RunFolder(Path(config.runs_dir) / config.name)

@@ -4,6 +4,7 @@ import re
 from dataclasses import dataclass, field
 from enum import StrEnum
 
+from minitron.config.gpus import Gpu
 from minitron.config.parallel import ParallelConfig
 from minitron.errors import ConfigError, LayoutError
 
@@ -135,6 +136,9 @@ class ClusterConfig:
     """Quality of service."""
     gpus_per_node: int = 8
     """GPUs of a node, one rank each; 0: the ranks compute on CPUs."""
+    gpu: Gpu | None = None
+    """Kind of those GPUs: FP8 that it cannot do is refused before anything is submitted; null leaves that to the
+    ranks."""
     ranks_per_node: int | None = None
     """Ranks of a node without GPUs; null with GPUs."""
     cpus_per_rank: int = 1

@@ -14,7 +14,7 @@ from minitron.config.line import AblationConfig, ChainStepConfig, CorrectionConf
 from minitron.config.model import Architecture, ModelConfig
 from minitron.config.parallel import ParallelConfig
 from minitron.config.plan import PlanConfig
-from minitron.config.precision import Dtype, PrecisionConfig
+from minitron.config.precision import Dtype, Fp8Recipe, PrecisionConfig
 from minitron.config.preflight import PreflightConfig
 from minitron.config.prune import PruneConfig
 from minitron.config.scale import ScaleConfig
@@ -185,6 +185,16 @@ class RunConfig:
         """Check what concerns no other section."""
         if not re.fullmatch(r"\w[\w.+=-]*", self.name):
             raise ConfigError(f"name={self.name!r} must be a plain folder name: letters, digits and ._+=-")
+
+    @property
+    def fp8_recipes(self) -> dict[str, Fp8Recipe]:
+        """The FP8 recipes that the run asks for, by their key; without FP8 none."""
+        found: dict[str, Fp8Recipe] = {}
+        if self.precision.fp8 is not None:
+            found["precision.fp8_recipe"] = self.precision.fp8_recipe
+        if self.distill.teacher.fp8_recipe is not None:
+            found["distill.teacher.fp8_recipe"] = self.distill.teacher.fp8_recipe
+        return found
 
     @property
     def least_train_sequences(self) -> int:

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from minitron.config.distill import TeacherSource
+from minitron.config.fp8 import check_fp8_model
 from minitron.config.intermediate import StateKind, find_matches, relation_widths
 from minitron.config.line import Ancestor, ChainStepConfig
 from minitron.config.model import ModelConfig
@@ -93,14 +94,16 @@ def plan_run(
 
     Raises:
         PruneError: A target does not fit its source.
-        LayoutError: The layout cannot split a model.
+        LayoutError: The layout cannot split a model, or FP8 cannot multiply its widths.
     """
     own = own_layout(config.distill, config.parallel)
     check_layout(source, config.parallel.plain(), who="source")
     models = [PlannedModel("source", source, layers_per_stage(source.num_layers, config.parallel.plain()))]
     passes: list[PlannedPass] = []
     if config.correction.enabled:
-        check_layout(source, config.parallel, who="teacher to correct (correction.enabled=true)")
+        who = "teacher to correct (correction.enabled=true)"
+        check_layout(source, config.parallel, who=who)
+        check_fp8_model(source, config.precision, config.parallel, who=who)
         passes.append(_training(config, "correct", "correct", source, None))
     students: list[ModelConfig] = []
     steps: list[ChainStepConfig | None] = [*config.chain] or [None]
@@ -113,15 +116,16 @@ def plan_run(
             teacher, own_teacher = students[-1], True
         student = target_of(before, line.prune)
         students.append(student)
-        check_layout(student, config.parallel, who=f"student {name}".rstrip())
+        who = f"student {name}".rstrip()
+        check_layout(student, config.parallel, who=who)
+        check_fp8_model(student, config.precision, config.parallel, who=who)
         beside = own.parallel if own else config.parallel.for_teacher(teacher.num_layers)
         section = "distill.teacher.parallel" if own else "parallel"
         check_layout(teacher, beside, who=f"teacher {name}".rstrip(), section=section)
+        check_fp8_model(teacher, config.distill.teacher.precision(config.precision), beside, who=f"teacher of {who}")
         if given_teacher is not None and len(models) == 1:
             models.append(PlannedModel("teacher", teacher, layers_per_stage(teacher.num_layers, beside)))
-        models.append(
-            PlannedModel(f"student {name}".rstrip(), student, layers_per_stage(student.num_layers, config.parallel))
-        )
+        models.append(PlannedModel(who, student, layers_per_stage(student.num_layers, config.parallel)))
         passes += _line_passes(line, name, before, student, teacher, beside, own_teacher=own_teacher)
     longest: dict[str, PlannedPass] = {}
     for item in passes:

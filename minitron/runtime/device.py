@@ -10,6 +10,7 @@ import torch
 from minitron.compat import te
 from minitron.compat.cpu import CPU_LAYER
 from minitron.config.fp8 import NEEDS, unmet_need
+from minitron.config.gpus import GPUS
 from minitron.config.parallel import ParallelConfig
 from minitron.config.precision import Fp8Recipe
 from minitron.config.run import Device, RunConfig
@@ -44,13 +45,9 @@ def check_precision(config: RunConfig, device: Device) -> None:
     Raises:
         PlatformError: With the device, the setting, and what it needs.
     """
-    for key, recipe in _recipes(config).items():
+    for key, recipe in config.fp8_recipes.items():
         if device is Device.cpu:
-            least = ".".join(map(str, NEEDS[recipe].capability))
-            raise PlatformError(
-                f"{key}={recipe} needs an NVIDIA GPU of compute capability {least} or higher, but the device is cpu; "
-                "set precision=bf16 (or fp32) and distill.teacher.fp8_recipe=null"
-            )
+            _refuse_without_gpu(key, recipe, "the device is cpu")
         cuda = torch.version.cuda
         reason = unmet_need(
             recipe,
@@ -59,6 +56,25 @@ def check_precision(config: RunConfig, device: Device) -> None:
         )
         if reason:
             _refuse(key, recipe, reason)
+
+
+def check_cluster_precision(config: RunConfig) -> None:
+    """Refuse FP8 that a cluster's nodes cannot do, going by its configuration: they are not at hand.
+
+    Args:
+        config: The run. Where ``cluster.gpu`` is not known, or too old a CUDA is on the nodes, the ranks find out.
+
+    Raises:
+        PlatformError: With the setting, and what it needs.
+    """
+    for key, recipe in config.fp8_recipes.items():
+        if not config.cluster.gpus_per_node or config.device is Device.cpu:
+            on = "device=cpu" if config.cluster.gpus_per_node else "cluster.gpus_per_node=0"
+            _refuse_without_gpu(key, recipe, f"the job has none ({on})")
+        if (gpu := config.cluster.gpu) is None:
+            continue
+        if reason := unmet_need(recipe, capability=GPUS[gpu].capability, cuda=None):
+            _refuse(key, recipe, reason, on=f"cluster.gpu={gpu}")
 
 
 def check_transformer_engine(config: RunConfig, device: Device) -> None:
@@ -70,24 +86,22 @@ def check_transformer_engine(config: RunConfig, device: Device) -> None:
     if device is Device.cpu:
         return
     te.require_transformer_engine()
-    for key, recipe in _recipes(config).items():
+    for key, recipe in config.fp8_recipes.items():
         if reason := te.unsupported(recipe):
             _refuse(key, recipe, f"Transformer Engine says: {reason}")
 
 
-def _recipes(config: RunConfig) -> dict[str, Fp8Recipe]:
-    """The FP8 recipes that a run asks for, by their key."""
-    found: dict[str, Fp8Recipe] = {}
-    if config.precision.fp8 is not None:
-        found["precision.fp8_recipe"] = config.precision.fp8_recipe
-    if config.distill.teacher.fp8_recipe is not None:
-        found["distill.teacher.fp8_recipe"] = config.distill.teacher.fp8_recipe
-    return found
-
-
-def _refuse(key: str, recipe: Fp8Recipe, reason: str) -> NoReturn:
-    name = torch.cuda.get_device_name()
+def _refuse(key: str, recipe: Fp8Recipe, reason: str, *, on: str | None = None) -> NoReturn:
+    name = on or torch.cuda.get_device_name()
     raise PlatformError(f"{key}={recipe} cannot run on {name}: {reason}; choose another recipe, or bf16")
+
+
+def _refuse_without_gpu(key: str, recipe: Fp8Recipe, but: str) -> NoReturn:
+    least = ".".join(map(str, NEEDS[recipe].capability))
+    raise PlatformError(
+        f"{key}={recipe} needs an NVIDIA GPU of compute capability {least} or higher, but {but}; "
+        "set precision=bf16 (or fp32) and distill.teacher.fp8_recipe=null"
+    )
 
 
 def check_num_ranks(env: DistEnv, parallel: ParallelConfig) -> None:

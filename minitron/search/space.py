@@ -5,8 +5,10 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field, replace
 
+from minitron.config.fp8 import check_fp8_model
 from minitron.config.model import ModelConfig
 from minitron.config.parallel import ParallelConfig, check_layout
+from minitron.config.precision import PrecisionConfig
 from minitron.config.prune import DENSE_SIZES, PruneConfig, check_target
 from minitron.config.search import COSTS, BoundsConfig, SearchConfig
 from minitron.errors import ConfigError, LayoutError, PruneError
@@ -94,6 +96,8 @@ def enumerate_space(
     search: SearchConfig,
     parallel: ParallelConfig,
     latency: Latency | None,
+    *,
+    precision: PrecisionConfig | None = None,
 ) -> Space:
     """Go through the grid.
 
@@ -103,6 +107,7 @@ def enumerate_space(
         search: Grid, budget, divisors, filter.
         parallel: The layout that candidates are trained in.
         latency: Milliseconds of a shape; None while they are not measured: what asks for them is left undecided then.
+        precision: Number formats that candidates are trained in; None for any without FP8.
     """
     space, condition = Space(), search.condition()
     undecided = {"latency_ms"} if latency is None else set()
@@ -110,7 +115,7 @@ def enumerate_space(
         condition = None
     for sizes in _grid(search):
         space.num_points += 1
-        model = _make(source, prune, sizes, parallel, space)
+        model = _make(source, prune, sizes, parallel, precision or PrecisionConfig(), space)
         if model is None or not _divides(model, search, space):
             continue
         candidate = Candidate(model, _costs(model, search, latency))
@@ -163,7 +168,12 @@ def _grid(search: SearchConfig) -> Iterator[dict[str, float]]:
 
 
 def _make(
-    source: ModelConfig, prune: PruneConfig, sizes: dict[str, float], parallel: ParallelConfig, space: Space
+    source: ModelConfig,
+    prune: PruneConfig,
+    sizes: dict[str, float],
+    parallel: ParallelConfig,
+    precision: PrecisionConfig,
+    space: Space,
 ) -> ModelConfig | None:
     """The pruned architecture at a point of the grid, if it can be made and trained."""
     shown = " ".join(f"{name}={size:g}" for name, size in sizes.items())
@@ -184,6 +194,11 @@ def _make(
         check_layout(model, parallel, who="candidate")
     except LayoutError as error:
         space.drop("not fitting the layout", f"{shown}: {error}")
+        return None
+    try:
+        check_fp8_model(model, precision, parallel, who="candidate")
+    except LayoutError as error:
+        space.drop(f"not fitting FP8 ({precision.fp8_recipe})", f"{shown}: {error}")
         return None
     return model
 

@@ -22,7 +22,7 @@ from minitron.distill.cached import CachedTeacher
 from minitron.errors import ArtefactError, ModelError
 from minitron.losses import SparseTarget, linear_sparse_kl
 from tests.helpers.pool import PoolError, WorkerPool
-from tests.parallel.cached_workers import Job, distill_steps, write_asked_to_stop, write_cache
+from tests.parallel.cached_workers import Job, distill_steps, write_cache
 from tests.parallel.jobs import GLOBAL_BATCH, STEPS, S, make_job, with_settings
 from tests.parallel.reference import VOCAB_SIZE, dense, dense_logits, layout, make_model, norm_of
 
@@ -344,26 +344,6 @@ def test_a_killed_writer_goes_on(pool: WorkerPool, job: Job, caches: dict[str, L
     for sample in reference.samples.tolist():
         np.testing.assert_allclose(whole.read(sample).entropy_S, reference.read(sample).entropy_S, rtol=1e-5, atol=1e-6)
         assert whole.read(sample).number_S.max() <= 50
-
-
-@pytest.mark.parametrize("name", ["dp2", "pp2"])
-def test_asked_to_stop_it_keeps_its_shards_and_goes_on(
-    pool: WorkerPool, job: Job, caches: dict[str, LogitCache], tmp_path: Path, name: str
-) -> None:
-    """One rank is asked, and all stop after the second of three schedules of 8 sequences: the answer is one late."""
-    folder, small = tmp_path / "cache", with_settings(job, logits={"micro_batch_size": 1})
-    said = pool.run(write_asked_to_stop, 2, small, WRITTEN[name], folder)
-    assert said == ["stopped after 16 of 24 sequences, saved; the same command goes on from there"] * 2
-    reference = caches["1x1x1"]
-    np.testing.assert_array_equal(LogitCache(folder).samples, reference.samples[:16])
-    kept = {path: path.read_bytes() for path in folder.glob("*.shard")}
-    summary = pool.run(write_cache, 2, small, WRITTEN[name], folder)[0]
-    assert summary["samples"] == 24
-    assert {path: path.read_bytes() for path in kept} == kept
-    whole = LogitCache(folder)
-    np.testing.assert_array_equal(whole.samples, reference.samples)
-    for sample in reference.samples.tolist():
-        np.testing.assert_allclose(whole.read(sample).entropy_S, reference.read(sample).entropy_S, rtol=1e-5, atol=1e-6)
 
 
 def test_a_disk_too_small_is_refused(caches: dict[str, LogitCache]) -> None:

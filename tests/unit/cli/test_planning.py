@@ -62,6 +62,66 @@ def test_what_does_not_fit_is_said(capsys: pytest.CaptureFixture[str]) -> None:
     assert 80 < float(total) < 180
 
 
+@pytest.mark.parametrize(
+    ("overrides", "messages"),
+    [
+        (
+            ["precision=fp8_current", "prune.ffn_hidden_size=9224"],
+            [
+                "student: ffn_hidden_size=9224 / tensor_model_parallel_size=4 = 2306 is not a multiple of 16",
+                "tensorwise",
+            ],
+        ),
+        (
+            ["precision=mxfp8"],
+            [
+                "plan.gpu=h100 cannot do precision.fp8_recipe=mxfp8: ",
+                "10.0 or higher and below",
+                "set plan.gpu=b200, or",
+            ],
+        ),
+        (
+            ["distill.teacher.fp8_recipe=blockwise", "plan.gpu=l40s"],
+            [
+                "plan.gpu=l40s cannot do distill.teacher.fp8_recipe=blockwise: ",
+                "not 8.9; set plan.gpu=h100|h200|b200, or",
+            ],
+        ),
+    ],
+    ids=["width", "H100", "L40S"],
+)
+def test_fp8_that_cannot_be(capsys: pytest.CaptureFixture[str], overrides: list[str], messages: list[str]) -> None:
+    error = _error(capsys, 3, EXPERIMENT, *overrides)
+    assert [message for message in messages if message not in error] == []
+
+
+def test_hours_of_fp8_are_at_the_peak_of_bf16(capsys: pytest.CaptureFixture[str]) -> None:
+    said = {}
+    for precision in ("bf16", "fp8_current"):
+        assert main(["plan", EXPERIMENT, f"precision={precision}"]) == 0
+        shown = capsys.readouterr().out
+        [hours] = [line.split()[6] for line in shown.splitlines() if line.startswith(" distill ")]
+        said[precision] = (hours, "FP8: hours at the peak of bf16" in shown)
+    assert said["fp8_current"] == (said["bf16"][0], True)
+    assert not said["bf16"][1]
+
+
+def test_lines_of_nothing_are_left_out(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", EXPERIMENT, "correction.enabled=true"]) == 0
+    tables: dict[str, list[str]] = {}
+    for line in capsys.readouterr().out.splitlines():
+        name, is_memory, _ = line.partition(": memory of one rank")
+        if is_memory:
+            lines = tables[name] = []
+        elif tables and line.startswith(" "):
+            lines.append(line.strip().rsplit("  ", 1)[0].strip())
+    assert tables.keys() == {"correct", "distill"}
+    shared = ["parameters", "gradients (fp32)", "optimizer (this rank's share)", "activations in flight"]
+    teachers = ["teacher's parameters", "teacher's states that wait"]
+    assert [line for line in tables["correct"] if line in (*shared, *teachers)] == shared
+    assert [line for line in tables["distill"] if line in (*shared, *teachers)] == shared + teachers
+
+
 def test_without_torch() -> None:
     code = (
         "import sys; from minitron.cli.main import main; "

@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 
 from minitron.config.parallel import ParallelConfig
+from minitron.config.precision import Dtype, Fp8Format, Fp8Recipe, PrecisionConfig
 from minitron.config.prune import PruneConfig, check_target
 from minitron.config.search import (
     BoundsConfig,
@@ -17,6 +18,7 @@ from minitron.config.search import (
 )
 from minitron.errors import ConfigError
 from minitron.search.space import Space, enumerate_space, require_candidates, roofline
+from tests.helpers.llama31 import LLAMA_8B
 from tests.helpers.smollm2 import SMOLLM2_135M
 
 
@@ -101,6 +103,27 @@ def test_layouts_that_a_candidate_does_not_fit() -> None:
         ConfigError, match=r"no shape of 3 is left \(3 by not fitting the layout\), for instance .*=9: "
     ):
         require_candidates(space, search)
+
+
+def test_widths_that_fp8_cannot_multiply_on_a_rank() -> None:
+    """A quarter of 9000 is 2250 and of 9016 is 2254; of 9152 it is 143 x 16, of 9216 it is 72 x 32."""
+    search = SearchConfig(grid=GridConfig(ffn_hidden_size=[9000, 9016, 9152, 9216]))
+    layout = ParallelConfig(tensor_model_parallel_size=4)
+
+    def space(fp8: Fp8Format | None, recipe: Fp8Recipe) -> Space:
+        precision = PrecisionConfig(dtype=Dtype.bf16, fp8=fp8, fp8_recipe=recipe)
+        return enumerate_space(LLAMA_8B, PruneConfig(), search, layout, roofline(search), precision=precision)
+
+    def widths(space: Space) -> list[int]:
+        return [candidate.model.ffn_hidden_size for candidate in space.candidates]
+
+    found = space(Fp8Format.e4m3, Fp8Recipe.mxfp8)
+    assert widths(found) == [9216]
+    assert dict(found.dropped) == {"not fitting FP8 (mxfp8)": 3}
+    [example] = found.example.values()
+    assert "ffn_hidden_size=9000 / tensor_model_parallel_size=4 = 2250 is not a multiple of 32" in example
+    assert widths(space(Fp8Format.e4m3, Fp8Recipe.blockwise)) == [9152, 9216]
+    assert widths(space(None, Fp8Recipe.mxfp8)) == [9000, 9016, 9152, 9216]
 
 
 def test_an_empty_budget_names_the_nearest() -> None:
