@@ -18,7 +18,7 @@ def test_asked_to_stop_it_keeps_its_shards_and_goes_on(
     pool: WorkerPool, teacher: Path, student: Path, tmp_path: Path, parallel: ParallelConfig
 ) -> None:
     """One rank is asked, and all stop after the second of three schedules of 8 sequences: the answer is one late."""
-    job = make_job(tmp_path / "job", teacher, student)
+    job = make_job(tmp_path, teacher, student)
     pool.run(write_cache, 1, job, layout(), tmp_path / "unbroken")
     unbroken = LogitCache(tmp_path / "unbroken")
     folder, small = tmp_path / "cache", with_settings(job, logits={"micro_batch_size": 1})
