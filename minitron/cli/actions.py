@@ -67,8 +67,12 @@ def act(stage: str, session: Session, out: Path) -> Values:
 
 def _eval(stage: str, session: Session, out: Path) -> Values:
     which = stage.removeprefix("eval_")
-    given = which == "checkpoint"
-    model = _given_checkpoint(session, out) if given else session.run.stage(CHECKPOINT_OF[which])
+    if which == "checkpoint":
+        model = _given_checkpoint(session, out)
+    elif which == "given_teacher":
+        model = _teacher_folder(session)
+    else:
+        model = session.run.stage(CHECKPOINT_OF[which])
     result = evaluate(session, name=stage, model=model, data=session.run.stage("data"), out=out)
     if which == "teacher":
         check_better_than_chance(session, result["loss"], read_model_config(model).vocab_size)

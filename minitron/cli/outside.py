@@ -5,7 +5,9 @@ import hashlib
 from pathlib import Path
 
 from minitron.checkpoint.folder import fingerprint, is_checkpoint_folder
+from minitron.config.logit_loss import LogitLossConfig
 from minitron.config.run import RunConfig, SourceKind
+from minitron.config.teacher_logits import CacheMethod
 from minitron.data.sources import source_fingerprint as text_fingerprint
 from minitron.distill.cache_format import read_identity
 from minitron.errors import ConfigError
@@ -52,7 +54,8 @@ def cache_outside(config: RunConfig) -> dict[str, str]:
     """What the cache of another run, ``distill.teacher.cache``, belongs to, and the teacher it should be of.
 
     Raises:
-        ConfigError: ``distill.teacher.dtype`` or ``fp8_recipe`` is not that of the cache.
+        ConfigError: ``distill.teacher.dtype`` or ``fp8_recipe`` is not that of the cache, or it is of random draws, for
+            which ``distill.logit_loss.top_k_rest`` has no meaning.
     """
     taught = config.distill.teacher
     assert taught.cache is not None
@@ -63,6 +66,12 @@ def cache_outside(config: RunConfig) -> dict[str, str]:
             f"distill.teacher.dtype and fp8_recipe say {asked}, but the teacher ran in {identity.dtype} when "
             f"distill.teacher.cache={taught.cache} was written; set them to null, or make a cache with "
             "`minitron teacher-logits`"
+        )
+    rest = config.distill.logit_loss.top_k_rest
+    if rest is not LogitLossConfig().top_k_rest and identity.settings.method is CacheMethod.sampled:
+        raise ConfigError(
+            f"distill.logit_loss.top_k_rest={rest} has no meaning for the random draws in distill.teacher.cache="
+            f"{taught.cache}; leave it out, or give a cache of teacher_logits.method=top_k"
         )
     cache = {"teacher_logits": hashlib.sha256(repr(identity).encode()).hexdigest()}
     return cache | teacher_outside(config)

@@ -213,7 +213,12 @@ def _ablation_stages(config: RunConfig) -> list[Stage]:
     if not config.baseline.enabled:
         return []
     others = [name for name in ABLATION if name not in ("distill", "baseline")]
+    teacher, given = "eval_corrected" if config.correction.enabled else "eval_teacher", []
+    if config.distill.teacher.path:
+        teacher = "eval_given_teacher"
+        given = [Stage(teacher, ("data",), _eval_values, _action(teacher), outside=teacher_outside)]
     return [
+        *given,
         Stage(
             "prune_random",
             prune_needs(random_ranking(config)),
@@ -224,7 +229,7 @@ def _ablation_stages(config: RunConfig) -> list[Stage]:
         *(stage for name in others for stage in _training_stages(name, config)),
         Stage(
             "ablation",
-            ("eval_teacher", "eval_pruned", *(f"eval_{_evaluated(name)}" for name in ABLATION)),
+            (teacher, "eval_pruned", *(f"eval_{_evaluated(name)}" for name in ABLATION)),
             lambda c: _section(c, "ablation"),
             _action("ablation"),
             alone=True,

@@ -9,12 +9,14 @@ from typing import Any, NoReturn
 
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException, OverrideParseException
 from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf.errors import InterpolationResolutionError, OmegaConfBaseException
 from yaml import YAMLError
 
 import minitron
+from minitron.config.line import ChainStepConfig
 from minitron.config.run import RunConfig
 from minitron.config.scale import scaled
 from minitron.config.store import register
@@ -54,10 +56,11 @@ def compose_run(overrides: Sequence[str]) -> RunConfig:
             # Merged into the schema once more: Hydra lets `+key=value` add keys that nothing reads.
             values = OmegaConf.to_container(composed, resolve=True)
             run = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(RunConfig), values))
-        except MinitronError:
-            raise
-        except (HydraException, OmegaConfBaseException, ValueError) as error:  # ValueError: a group set to a number
-            _raise_in_one_line(error)
+        except (MinitronError, HydraException, OmegaConfBaseException, ValueError) as error:
+            _check_steps(_given_steps(overrides))
+            if isinstance(error, MinitronError):
+                raise
+            _raise_in_one_line(error, overrides)  # ValueError: a group set to a number
     assert isinstance(run, RunConfig)
     run = scaled(run)
     validate(run)
@@ -135,7 +138,46 @@ def _check_sections(overrides: Sequence[str]) -> None:
             )
 
 
-def _raise_in_one_line(error: Exception) -> NoReturn:
+def _given_steps(overrides: Sequence[str]) -> list[Any]:
+    """The steps of a chain as they were written: in an override, else in the experiment's file."""
+    given = dict(override.lstrip("+").partition("=")[::2] for override in overrides)
+    steps: Any = None
+    try:
+        if "chain" in given:
+            steps = OverridesParser.create().parse_override(f"chain={given['chain']}").value()
+        elif (file := config_dir() / "experiment" / f"{given.get('experiment')}.yaml").is_file():
+            content: Any = OmegaConf.to_container(OmegaConf.load(file))
+            steps = content.get("chain") if isinstance(content, dict) else None
+    except (HydraException, OmegaConfBaseException, YAMLError):
+        return []  # the error at hand tells
+    return steps if isinstance(steps, list) else []
+
+
+def _check_steps(steps: Sequence[Any]) -> None:
+    """Read each step of a chain by itself: an error inside of a list does not tell its place.
+
+    Raises:
+        MinitronError: In one line that names the step.
+    """
+    for number, step in enumerate(steps):
+        if not isinstance(step, dict):
+            continue
+        place = f"chain[{number}]"
+        try:
+            OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(ChainStepConfig), step))
+        except InterpolationResolutionError:
+            continue  # it reads the rest of the run
+        except MinitronError as error:
+            raise type(error)(f"{place}: {error}") from None
+        except OmegaConfBaseException as error:
+            first = str(error).splitlines()[0]
+            key = error.full_key or ""
+            if re.match(r"Key '[^']*' (not in|is not in)", first):
+                raise ConfigError(f"there is no key {place}.{key}{_close_keys(key)}") from None
+            raise ConfigError(f"{f'{place}.{key}'.rstrip('.')}: {first}") from None
+
+
+def _raise_in_one_line(error: Exception, overrides: Sequence[str]) -> NoReturn:
     """Turn Hydra's and OmegaConf's messages into one of ours.
 
     Hydra wraps OmegaConf's error, which has the reason and, on a line of its own, the full key.
@@ -151,6 +193,8 @@ def _raise_in_one_line(error: Exception) -> NoReturn:
     first = next((line.strip() for line in text.splitlines() if line.strip()), type(error).__name__)
     full_key = re.search(r"full_key: (\S+)", text)
     override = re.search(r"Could not override '([^']+)'", str(error))
+    if full_key and "is not a ListConfig" in text:
+        raise ConfigError(_no_list(full_key.group(1), overrides)) from None
     if override and len(chain) > 1 and _is_key(override.group(1)):  # what is wrong is inside of its value
         raise ConfigError(f"{override.group(1)}: {str(chain[1]).splitlines()[0]}") from None
     if override or re.match(r"Key '[^']*' (not in|is not in)", first):
@@ -170,6 +214,15 @@ def _raise_in_one_line(error: Exception) -> NoReturn:
             "value with special characters stands in quotes of its own: 'key=\"a[b]\"'"
         )
     raise ConfigError(first) from None
+
+
+def _no_list(key: str, overrides: Sequence[str]) -> str:
+    """A single value where a list belongs."""
+    for override in overrides:
+        name, _, value = override.lstrip("+").partition("=")
+        if name == key:
+            return f"{key}={value} is not a list; write {key}=[{value}]"
+    return f"{key} is not a list; write its values in brackets, such as [first, second]"
 
 
 def _is_key(key: str) -> bool:

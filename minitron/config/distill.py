@@ -20,7 +20,8 @@ class CrossEntropyMixConfig:
     """Weight of the cross-entropy; 0 leaves it out."""
     mixing: Mixing = Mixing.fixed
     """``fixed``: logit loss + weight x cross-entropy. ``scaled``: the cross-entropy is first brought to the size of
-    the logit loss (its absolute value), by a detached factor of each micro-batch."""
+    the logit loss (its absolute value), by a detached factor of each micro-batch. ``cross_entropy_weight`` in the log
+    is the mean over micro-batches of weight x factor; ``cross_entropy`` there is unweighted."""
 
     def __post_init__(self) -> None:
         """Refuse weights that cannot work."""

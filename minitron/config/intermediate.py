@@ -2,6 +2,7 @@
 
 import math
 import re
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -22,7 +23,7 @@ class HiddenLoss(StrEnum):
 
 
 class StateKind(StrEnum):
-    """A kind of intermediate state; also the name of its loss in the log."""
+    """A kind of intermediate state; also the name of its loss in the log, or its first part (see `log_names`)."""
 
     embedding = "embedding"
     block_output = "block_output"
@@ -35,7 +36,8 @@ class IntermediateConfig:
     """Intermediate states of the student pulled towards the teacher's (arXiv 2407.14679, sections 3 and A.4).
 
     Each list holds pairs of layers counted from 0: ``29:13`` (teacher's : student's; quote it in YAML), ``last-2:13``,
-    or a rule for both sides, ``last-2`` or ``last``. The loss is the sum over all pairs of the mean over tokens.
+    or a rule for both sides, ``last-2`` or ``last``. The loss is the sum over all pairs of the mean over tokens. Each
+    pair is logged by itself and unweighted, under its kind, or where the kind has several as ``block_output.29:13``.
     """
 
     embedding: bool = False
@@ -54,7 +56,7 @@ class IntermediateConfig:
     mixing: Mixing = Mixing.scaled
     """``scaled``: the intermediate losses together are brought to the size of the logit loss (the papers' alpha =
     L_logits / L_is, detached, of each micro-batch; |L_logits| should it be negative), then weighed. ``fixed``: weight
-    alone."""
+    alone. ``alpha`` in the log is the mean over micro-batches of what ``scaled`` multiplies by, weight included."""
     weight: float = 1.0
     """Weight of the intermediate losses beside the logit loss."""
 
@@ -126,6 +128,20 @@ class Match:
     teacher: State
     student: State
 
+    @property
+    def layers(self) -> str:
+        """The pair of layers as the configuration writes it, such as 29:13."""
+        return f"{self.teacher.layer}:{self.student.layer}"
+
+
+def log_names(matches: Sequence[Match]) -> dict[Match, str]:
+    """The name of each pair's loss in the log: its kind, with the layers where the kind has several pairs."""
+    counts = Counter(match.student.kind for match in matches)
+    return {
+        match: match.student.kind.value + (f".{match.layers}" if counts[match.student.kind] > 1 else "")
+        for match in matches
+    }
+
 
 def find_matches(
     config: IntermediateConfig, teacher: ModelConfig, student: ModelConfig, parallel: ParallelConfig
@@ -145,8 +161,7 @@ def find_matches(
             )
             if match in found:
                 raise ConfigError(
-                    f"{_SECTION}.{kind.value}={pairs}: {match.teacher.layer}:{match.student.layer} is there twice; "
-                    "leave one of them out"
+                    f"{_SECTION}.{kind.value}={pairs}: {match.layers} is there twice; leave one of them out"
                 )
             found.append(match)
     if config.attention_relations:

@@ -50,9 +50,10 @@ class AblationConfig:
         """Refuse values that cannot work."""
         if not (self.from_scratch_times >= 1 and math.isfinite(self.from_scratch_times)):
             raise ConfigError(f"ablation.from_scratch_times={self.from_scratch_times} must be at least 1")
-        if self.family and (len(self.family) < 2 or sorted(self.family, reverse=True) != list(self.family)):
+        family = list(self.family)
+        if family and (len(family) < 2 or sorted(family, reverse=True) != family or family[-1] < 1):
             raise ConfigError(
-                f"ablation.family={list(self.family)} must list at least two parameter counts, the largest first"
+                f"ablation.family={family} must list at least two parameter counts above 0, the largest first"
             )
 
 

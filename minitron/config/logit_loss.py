@@ -68,7 +68,8 @@ class LogitLossConfig:
     top_k: int = 0
     """Compare on the teacher's K most likely tokens only; 0 for the full vocabulary. Forward KL only."""
     top_k_rest: TopKRest = TopKRest.ghost
-    """What becomes of the rest of the vocabulary under `top_k`."""
+    """What becomes of the rest of the vocabulary under `top_k`, or beside the tokens that a cache of
+    ``teacher_logits.method=top_k`` or ``top_p`` has; a cache of random draws stands for the whole."""
 
     def __post_init__(self) -> None:
         """Check the values.

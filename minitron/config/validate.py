@@ -7,11 +7,13 @@ from minitron.config.distill import TeacherSource
 from minitron.config.fp8 import check_fp8_tokens
 from minitron.config.launch import nodes_of
 from minitron.config.line import Ancestor, check_chain
+from minitron.config.logit_loss import LogitLossConfig
 from minitron.config.parallel import ParallelConfig
 from minitron.config.prune import check_merging
 from minitron.config.run import RunConfig, SourceKind
 from minitron.config.search import candidate_training, rung_steps
 from minitron.config.teacher_layout import TeacherLayout, own_layout
+from minitron.config.teacher_logits import CacheMethod
 from minitron.config.train import check_train
 from minitron.config.trainings import in_step, settings_of
 from minitron.errors import ConfigError
@@ -51,6 +53,7 @@ def validate(run: RunConfig) -> None:
             "distill.teacher.source=cached runs none (teacher_logits.micro_batch_size is for writing the cache); "
             "set them to null"
         )
+    _check_top_k_rest(run)
     group, stages = run.distill.teacher_microbatches, run.parallel.pipeline_model_parallel_size
     if run.parallel.num_chunks > 1 and group % stages:
         raise ConfigError(
@@ -66,6 +69,23 @@ def validate(run: RunConfig) -> None:
     if own is not None:
         _check_split_sequence(seq_length, own.parallel, "distill.teacher.parallel")
     _check_fp8(run, own)
+
+
+def _check_top_k_rest(run: RunConfig) -> None:
+    """A rest of the vocabulary is there where only a part of it is compared; another run's cache tells what it has."""
+    rest, taught = run.distill.logit_loss.top_k_rest, run.distill.teacher
+    if rest is LogitLossConfig().top_k_rest or taught.cache is not None:
+        return
+    given = f"distill.logit_loss.top_k_rest={rest} has no meaning for"
+    if taught.source is TeacherSource.online and not run.distill.logit_loss.top_k:
+        raise ConfigError(
+            f"{given} distill.logit_loss.top_k=0, the full vocabulary; leave it out, or set distill.logit_loss.top_k"
+        )
+    if taught.source is TeacherSource.cached and run.teacher_logits.method is CacheMethod.sampled:
+        raise ConfigError(
+            f"{given} the random draws of teacher_logits.method=sampled; leave it out, or set "
+            "teacher_logits.method=top_k"
+        )
 
 
 def _check_fp8(run: RunConfig, own: TeacherLayout | None) -> None:

@@ -19,7 +19,7 @@ import torch.distributed as dist
 from megatron.core.models.gpt.gpt_model import GPTModel
 from torch import Tensor
 
-from minitron.config.intermediate import IntermediateConfig, Match, State, StateKind, find_matches
+from minitron.config.intermediate import IntermediateConfig, Match, State, StateKind, find_matches, log_names
 from minitron.config.mixing import Mixing
 from minitron.config.model import ModelConfig
 from minitron.config.parallel import ParallelConfig, layers_per_stage
@@ -40,8 +40,8 @@ class _Microbatch:
         weights_SB: Weights of this rank's part of the sequence, for hidden states.
         all_weights_SB: Weights of the whole sequence.
         scale: Share of this micro-batch in the step's mean.
-        losses: Sum over the pairs of each kind, and over this rank's part alone where ranks see parts.
-        total: Sum over kinds and tensor-parallel ranks.
+        losses: Of each pair, and over this rank's part alone where ranks see parts.
+        total: Sum over pairs and tensor-parallel ranks.
         alpha: What `total` is multiplied by; None until it is known.
         seen: Pairs whose loss was computed.
     """
@@ -50,7 +50,7 @@ class _Microbatch:
     weights_SB: Tensor
     all_weights_SB: Tensor
     scale: float
-    losses: dict[StateKind, Tensor] = field(default_factory=dict)
+    losses: dict[Match, Tensor] = field(default_factory=dict)
     total: Tensor | None = None
     alpha: Tensor | None = None
     seen: int = 0
@@ -94,6 +94,7 @@ class IntermediateLosses:
         self._last: _Microbatch | None = None
         self._sums: dict[str, Tensor] = {}
         self._sends: list[tuple[dist.Work | None, Tensor]] = []
+        self._names = log_names(matches)
         self._mine = [m for m in matches if m.student.stage(student_stages) == groups.pp_rank]
         for match in self._mine:
             see_state(gpt, match.student, partial(self._see, match))
@@ -153,7 +154,8 @@ class IntermediateLosses:
     def drain(self) -> dict[str, Tensor]:
         """This stage's share of the losses, summed over the micro-batches since the last call.
 
-        ``loss`` is the weighted sum of the others, ``alpha`` (on the last stage) the weight where it is dynamic.
+        Each pair's has the name of `log_names`; ``loss`` is the weighted sum of the others, ``alpha`` (on the last
+        stage) the weight where it is dynamic.
         """
         for work, _ in self._sends:
             assert work is not None
@@ -169,14 +171,14 @@ class IntermediateLosses:
         if now is None or not torch.is_grad_enabled():
             return carrier
         now.seen += 1
-        kind, teacher = match.student.kind, now.states[match.teacher.name]
-        if kind is StateKind.attention_relations:
+        teacher = now.states[match.teacher.name]
+        if match.student.kind is StateKind.attention_relations:
             loss = self._relations(teacher, student, now.all_weights_SB)
         else:
             if self._projection is not None:
                 student = self._projection(student)
             loss = hidden_loss(self._config.loss, teacher, student, now.weights_SB)
-        now.losses[kind] = now.losses.get(kind, 0) + loss.detach()
+        now.losses[match] = loss.detach()
         carried: Tensor = _WithLoss.apply(carrier, loss, partial(self._factor, now))  # type: ignore[no-untyped-call]
         return carried
 
@@ -202,16 +204,16 @@ class IntermediateLosses:
         """Sum parts over the tensor-parallel ranks; keep the values for the log."""
         if not now.losses:
             return
-        kinds = list(now.losses)
         size = self._groups.tp.size()
-        is_part = [self._sequence_parallel or kind is StateKind.attention_relations for kind in kinds]
+        relations = StateKind.attention_relations
+        is_part = [self._sequence_parallel or match.student.kind is relations for match in now.losses]
         summed = any(is_part) and size > 1
-        shares = zip(kinds, is_part, strict=True)
-        values = torch.stack([now.losses[k] if part or not summed else now.losses[k] / size for k, part in shares])
+        shares = zip(now.losses.values(), is_part, strict=True)
+        values = torch.stack([loss if part or not summed else loss / size for loss, part in shares])
         if summed:
             dist.all_reduce(values, group=self._groups.tp)
-        for kind, value in zip(kinds, values, strict=True):
-            self._add(kind.value, value)
+        for match, value in zip(now.losses, values, strict=True):
+            self._add(self._names[match], value)
         now.total = values.sum()
 
     def _factor(self, now: _Microbatch) -> Tensor:

@@ -64,7 +64,7 @@ class Distillation:
         return self.intermediate.drain() if self.intermediate else {}
 
     def loss(self, state: FinalState, batch: Batch, signal: object) -> Loss:
-        """Mean loss per token, and its parts unweighted."""
+        """Mean loss per token, its parts unweighted, and the weight of the cross-entropy where it is dynamic."""
         assert isinstance(signal, Signal)
         total = self._logit_loss(state, batch, signal)
         terms = {self.recipe.logit_loss.kind.value: total.detach().clone()}
@@ -73,11 +73,12 @@ class Distillation:
         mix = self.recipe.cross_entropy
         if mix.weight:
             plain = CrossEntropy(self.vocab_size, self.groups, self.sequence_parallel).loss(state, batch, None)
+            terms |= plain.terms
             weight: float | Tensor = mix.weight
             if mix.mixing is Mixing.scaled:
                 weight = weight * factor_to_size(self._whole(plain.total), self._whole(total))
+                terms["cross_entropy_weight"] = weight / self.groups.cp.size()  # terms of its ranks are added up
             total = total + weight * plain.total
-            terms |= plain.terms
         return Loss(total, terms)
 
     def _whole(self, loss: Tensor) -> Tensor:

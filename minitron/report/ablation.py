@@ -10,14 +10,16 @@ from rich.console import Console
 from rich.table import Table
 
 from minitron.checkpoint.folder import read_model_config
+from minitron.config.distill import TeacherSource
 from minitron.config.run import RunConfig
 from minitron.config.trainings import ABLATION, TRAININGS
+from minitron.data.summary import load_summary, num_whole_sequences
 from minitron.errors import ArtefactError
 from minitron.models.axes import num_active_parameters
 from minitron.report import figure as look
 from minitron.report import format as fmt
-from minitron.report.collect import read_curve, read_eval, teacher_parameters
-from minitron.report.cost import family_saving, forward_flops, training_flops
+from minitron.report.collect import read_curve, read_eval
+from minitron.report.cost import TeacherCost, family_saving, forward_flops, training_flops
 from minitron.report.data import TrainingCurve
 from minitron.runtime.artefact import RunFolder, storage_error, write_json
 
@@ -42,7 +44,8 @@ class Recipe:
         label: What it is.
         num_tokens: Tokens it was trained on.
         loss: Held-out loss at the end, nats per token.
-        flops: Training FLOPs, the teacher's forward pass included where there is one.
+        flops: Training FLOPs of this recipe alone; where it distils, with the teacher's forward passes (one pass over
+            each sequence where they are read from a cache) and the teacher's correction.
         curve: Held-out loss during training.
     """
 
@@ -52,6 +55,39 @@ class Recipe:
     loss: float
     flops: float
     curve: TrainingCurve
+
+
+@dataclass(frozen=True, kw_only=True)
+class Teaching:
+    """The model that taught, and what that took besides the students' own training.
+
+    Attributes:
+        loss: Its held-out loss.
+        num_parameters: Those that one of its tokens is computed with.
+        forward_tokens: Tokens of its forward passes for one recipe; from a cache, each sequence of the text once.
+        cached: The recipes read its distributions from a cache.
+        correction_tokens: Tokens it was corrected on; 0 without correction.
+    """
+
+    loss: float
+    num_parameters: int
+    forward_tokens: int
+    cached: bool
+    correction_tokens: int
+
+    @property
+    def flops(self) -> float:
+        """Of its correction and its forward passes for one recipe."""
+        correction = training_flops(self.num_parameters, self.correction_tokens)
+        return correction + forward_flops(self.num_parameters, self.forward_tokens)
+
+    @property
+    def text(self) -> str:
+        """What of it is counted, as people read it."""
+        passes = "the teacher's one forward pass for the cache" if self.cached else "the teacher's forward passes"
+        if not self.correction_tokens:
+            return passes
+        return f"{passes} and its correction on {fmt.count(self.correction_tokens)} tokens"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,7 +124,7 @@ class Ablation:
 
     Attributes:
         recipes: In the order of the table.
-        teacher_loss: Held-out loss of the teacher.
+        teaching: The teacher: the corrected one where it was corrected, that of ``distill.teacher.path`` where given.
         pruned_loss: Held-out loss of the pruned model before any retraining.
         saving: Tokens saved.
         family: Parameters of a family, the largest first.
@@ -96,7 +132,7 @@ class Ablation:
     """
 
     recipes: list[Recipe]
-    teacher_loss: float
+    teaching: Teaching
     pruned_loss: float
     saving: TokenSaving
     family: list[int]
@@ -137,19 +173,27 @@ def collect_ablation(run: RunFolder, config: RunConfig) -> Ablation:
         ArtefactError: A stage is missing or cannot be read.
     """
     student = num_active_parameters(read_model_config(run.stage("prune")))
-    teacher = num_active_parameters(read_model_config(run.stage("import")))
+    source = num_active_parameters(read_model_config(run.stage("import")))
     _check_same_heldout(run)
-    recipes = [_recipe(run, name, student=student) for name in ABLATION]
+    distilled = read_curve(run.stage(_BEST))
+    teaching = _teaching(run, config, num_tokens=distilled.tokens[-1])
+    recipes = [_recipe(run, name, student=student, teaching=teaching) for name in ABLATION]
     curves = {recipe.name: recipe.curve for recipe in recipes}
     saving = token_saving(curves[_BEST], curves[_SCRATCH])
-    family = list(config.ablation.family) or [teacher, student]
+    family = list(config.ablation.family) or [source, student]
+    cost = TeacherCost(
+        size=teaching.num_parameters / source,
+        passes=teaching.forward_tokens / distilled.tokens[-1],
+        shared=teaching.cached,
+        correction=teaching.correction_tokens / distilled.tokens[-1],
+    )
     return Ablation(
         recipes=recipes,
-        teacher_loss=read_eval(run.stage("eval_teacher"))["loss"],
+        teaching=teaching,
         pruned_loss=read_eval(run.stage("eval_pruned"))["loss"],
         saving=saving,
         family=family,
-        family_saving=family_saving(family, saving.ratio, count_teacher=True),
+        family_saving=family_saving(family, saving.ratio, teacher=cost),
     )
 
 
@@ -183,18 +227,21 @@ def rows(ablation: Ablation) -> list[tuple[str, str, str, str]]:
 
 def summary(ablation: Ablation) -> list[str]:
     """The claim in sentences, with what it rests on."""
-    saving = ablation.saving
+    saving, teaching = ablation.saving, ablation.teaching
     never = "not within" if saving.is_bound else "after"
     bound = "at least " if saving.is_bound else ""
     family = ", ".join(fmt.count(size) for size in ablation.family)
-    losses = f"Teacher {fmt.nats(ablation.teacher_loss)}, pruned and not retrained {fmt.nats(ablation.pruned_loss)}"
+    who = "Teacher, corrected," if teaching.correction_tokens else "Teacher"
+    losses = f"{who} {fmt.nats(teaching.loss)}, pruned and not retrained {fmt.nats(ablation.pruned_loss)}"
     tokens = (
         f"Token saving: {saving.text}. Pruning + distillation reaches {fmt.nats(saving.loss)} in "
         f"{fmt.count(saving.num_tokens)} tokens, the run from scratch {never} {fmt.count(saving.scratch_tokens)}."
     )
+    if teaching.correction_tokens:
+        tokens += f" The teacher's correction took {fmt.count(teaching.correction_tokens)} more, which are not in it."
     flops = (
         f"Training FLOPs of the family {family}, all from scratch over the smaller ones distilled: "
-        f"{bound}{ablation.family_saving:.2f}x, the teacher's forward passes counted."
+        f"{bound}{ablation.family_saving:.2f}x, {teaching.text} counted."
     )
     return [f"{losses} nats/token.", tokens, flops]
 
@@ -229,7 +276,7 @@ def plot_ablation(ablation: Ablation) -> Figure:
         label = f"{recipe.label} ({fmt.nats(recipe.loss)})"
         curve = recipe.curve
         axes.plot(curve.heldout_tokens, curve.heldout_loss, line, marker=marker, color=colour, label=label)
-    axes.axhline(ablation.teacher_loss, color=look.GREEN, linestyle="-.", linewidth=1.4, label="teacher")
+    axes.axhline(ablation.teaching.loss, color=look.GREEN, linestyle="-.", linewidth=1.4, label="teacher")
     axes.set_xscale("log")
     look.tidy(axes, "tokens trained on", "held-out loss (nats/token)")
     look.token_axis(axes)
@@ -248,12 +295,29 @@ def _check_same_heldout(run: RunFolder) -> None:
         )
 
 
-def _recipe(run: RunFolder, name: str, *, student: int) -> Recipe:
+def _teaching(run: RunFolder, config: RunConfig, *, num_tokens: int) -> Teaching:
+    """The model that taught for so many tokens: the given one, the corrected one, or the source."""
+    taught, corrected = config.distill.teacher, config.correction.enabled
+    evaluated = "eval_given_teacher" if taught.path else "eval_corrected" if corrected else "eval_teacher"
+    cached, forward_tokens = taught.source is TeacherSource.cached, num_tokens
+    if cached:
+        length = config.data.seq_length
+        sequences = num_whole_sequences(load_summary(run.stage("data")).train.num_tokens, length)
+        forward_tokens = min(num_tokens, sequences * length)
+    folder = Path(taught.path) if taught.path else run.stage("correct" if corrected else "import")
+    return Teaching(
+        loss=float(read_eval(run.stage(evaluated))["loss"]),
+        num_parameters=num_active_parameters(read_model_config(folder)),
+        forward_tokens=forward_tokens,
+        cached=cached,
+        correction_tokens=read_curve(run.stage("correct")).tokens[-1] if corrected else 0,
+    )
+
+
+def _recipe(run: RunFolder, name: str, *, student: int, teaching: Teaching) -> Recipe:
     training, curve = TRAININGS[name], read_curve(run.stage(name))
     num_tokens = curve.tokens[-1]
-    flops = training_flops(student, num_tokens)
-    if training.distills:
-        flops += forward_flops(teacher_parameters(run.meta(name) or {}), num_tokens)
+    flops = training_flops(student, num_tokens) + (teaching.flops if training.distills else 0.0)
     evaluated = "eval_distilled" if name == _BEST else f"eval_{name}"
     loss = float(read_eval(run.stage(evaluated))["loss"])
     return Recipe(name=name, label=training.label, num_tokens=num_tokens, loss=loss, flops=flops, curve=curve)

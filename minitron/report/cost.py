@@ -5,11 +5,29 @@ A training step takes 6 N FLOPs per token for N parameters, a teacher's forward 
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from minitron.errors import ConfigError
 
 _TRAIN_FLOPS = 6.0
 _FORWARD_FLOPS = 2.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class TeacherCost:
+    """What teaching takes, relative to the largest member of a family and to the tokens of one distillation.
+
+    Attributes:
+        size: Parameters of the teacher over those of the largest member.
+        passes: Tokens of its forward pass over those of the distillation.
+        shared: One pass serves every distilled member, as that of a cache; else the teacher runs beside each.
+        correction: Tokens that the largest member is corrected on, once, over those of the distillation.
+    """
+
+    size: float = 1.0
+    passes: float = 1.0
+    shared: bool = False
+    correction: float = 0.0
 
 
 def training_flops(num_parameters: float, num_tokens: float) -> float:
@@ -22,16 +40,16 @@ def forward_flops(num_parameters: float, num_tokens: float) -> float:
     return _FORWARD_FLOPS * num_parameters * num_tokens
 
 
-def family_saving(num_parameters: Sequence[float], token_saving: float, *, count_teacher: bool) -> float:
+def family_saving(num_parameters: Sequence[float], token_saving: float, *, teacher: TeacherCost | None) -> float:
     """Training FLOPs of a family trained from scratch, over those of its largest member and the rest distilled.
 
     All members from scratch see the same tokens; a distilled one sees ``1 / token_saving`` of them.
 
     Args:
-        num_parameters: Parameters of each member, the largest (the teacher) first; or their training FLOPs per step,
-            which are proportional.
+        num_parameters: Parameters of each member, the largest first; or their training FLOPs per step, which are
+            proportional.
         token_saving: Tokens from scratch over tokens of the distillation.
-        count_teacher: Add the teacher's forward passes; the papers leave them out.
+        teacher: The teacher's forward passes and correction; None leaves them out, as the papers do.
 
     Raises:
         ConfigError: Fewer than two members, or a token saving that is not positive.
@@ -39,7 +57,7 @@ def family_saving(num_parameters: Sequence[float], token_saving: float, *, count
     Example:
         The papers' 15B, 8B and 4B by their FLOPs per step, with 40 times fewer tokens for the two small ones.
 
-        >>> round(family_saving([4.4e17, 2.5e17, 1.2e17], 40, count_teacher=False), 1)
+        >>> round(family_saving([4.4e17, 2.5e17, 1.2e17], 40, teacher=None), 1)
         1.8
     """
     if len(num_parameters) < 2 or not token_saving > 0:
@@ -47,8 +65,12 @@ def family_saving(num_parameters: Sequence[float], token_saving: float, *, count
             f"a family's saving needs two models or more and a token saving above 0, not {list(num_parameters)} "
             f"and {token_saving}"
         )
-    teacher, *others = num_parameters
+    largest, *others = num_parameters
     scratch = sum(training_flops(size, 1.0) for size in num_parameters)
-    passes = forward_flops(teacher, 1.0) if count_teacher else 0.0
-    distilled = sum((training_flops(size, 1.0) + passes) / token_saving for size in others)
-    return scratch / (training_flops(teacher, 1.0) + distilled)
+    beside, once = 0.0, 0.0
+    if teacher is not None:
+        passes = forward_flops(teacher.size * largest, teacher.passes)
+        beside, once = (0.0, passes) if teacher.shared else (passes, 0.0)
+        once += training_flops(largest, teacher.correction)
+    distilled = sum((training_flops(size, 1.0) + beside) / token_saving for size in others)
+    return scratch / (training_flops(largest, 1.0) + distilled + once / token_saving)

@@ -20,7 +20,8 @@ class Loss:
 
     Attributes:
         total: Scalar to differentiate, in nats per token.
-        terms: Its parts by name, each a scalar in nats per token.
+        terms: Its parts by name, each a scalar in nats per token, and weights of parts that change from one micro-batch
+            to the next; under context parallelism this rank's share of both.
     """
 
     total: Tensor

@@ -40,6 +40,17 @@ def test_ablation_of_every_recipe(tmp_path: Path) -> None:
     assert (folder / "ablation.md").read_text().count("\n| ") == len(ABLATION)
 
 
+def test_given_teacher_is_evaluated_on_the_runs_text(tmp_path: Path) -> None:
+    for verb in ("import", "data"):
+        _run(tmp_path, verb)
+    _run(tmp_path, "eval", f"distill.teacher.path={tmp_path}/tiny/import")
+    own, given = (
+        json.loads((tmp_path / "tiny" / f"eval_{which}" / "eval.json").read_text())
+        for which in ("teacher", "given_teacher")
+    )
+    assert given == own  # the same weights
+
+
 def test_chain_with_a_corrected_teacher(tmp_path: Path) -> None:
     first = "{name: first, prune: {ffn_hidden_size: 112}, num_tokens: 0}"  # only pruned, and pruned again
     small = "{name: small, prune: {num_layers: 2, hidden_size: 48}, num_tokens: 768}"

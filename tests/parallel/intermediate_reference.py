@@ -102,12 +102,19 @@ def _losses(
     found: dict[str, Tensor] = {}
     if pairs.embedding:
         found["embedding"] = hidden(norm.format(0), norm.format(0))
-    if pairs.block_output:
-        found["block_output"] = sum(hidden(norm.format(t + 1), norm.format(s + 1)) for t, s in pairs.block_output)
-    if pairs.mlp_input:
-        found["mlp_input"] = sum(hidden(mlp.format(t), mlp.format(s)) for t, s in pairs.mlp_input)
-    if pairs.attention_relations:
-        found["attention_relations"] = sum(relations(t, s) for t, s in pairs.attention_relations)
+    for kind, layers in (
+        ("block_output", pairs.block_output),
+        ("mlp_input", pairs.mlp_input),
+        ("attention_relations", pairs.attention_relations),
+    ):
+        for t, s in layers:
+            name = kind if len(layers) == 1 else f"{kind}.{t}:{s}"
+            if kind == "block_output":
+                found[name] = hidden(norm.format(t + 1), norm.format(s + 1))
+            elif kind == "mlp_input":
+                found[name] = hidden(mlp.format(t), mlp.format(s))
+            else:
+                found[name] = relations(t, s)
     return found
 
 

@@ -11,7 +11,6 @@ from torch import Tensor
 
 from minitron.checkpoint.folder import read_model_config
 from minitron.checkpoint.model_io import TRAINING_ONLY, save_model
-from minitron.config.distill import DistillConfig
 from minitron.config.intermediate import IntermediateConfig
 from minitron.data.batch import Batch
 from minitron.distill.intermediate import intermediate_losses
@@ -131,5 +130,5 @@ def _distillation(work: Work, config: IntermediateConfig) -> Iterator[tuple[Trai
         ) as (states, losses):
             trainable = make_trainable(student, train, work.parallel, groups, seq_length=work.tokens_NGT.shape[-1] - 1)
             source, split = OnlineTeacher(teacher, states), work.parallel.sequence_parallel
-            objective = Distillation(source, models[1].vocab_size, groups, split, DistillConfig(), intermediate=losses)
+            objective = Distillation(source, models[1].vocab_size, groups, split, work.recipe, intermediate=losses)
             yield trainable, objective, groups

@@ -53,8 +53,11 @@ def dense_step(teacher: Path, student: Path, recipe: DistillConfig) -> Dense:
         weight = mix.weight if mix.mixing is Mixing.fixed else mix.weight * abs(kl.item()) / plain.item()
         loss = kl + weight * plain
         (loss / len(TOKENS_GT)).backward()
-        for name, value in {"forward_kl": kl, "cross_entropy": plain, "loss": loss}.items():
-            sums[name] = sums.get(name, 0.0) + value.item() / len(TOKENS_GT)
+        terms = {"forward_kl": kl.item(), "cross_entropy": plain.item(), "loss": loss.item()}
+        if mix.mixing is Mixing.scaled:
+            terms["cross_entropy_weight"] = weight
+        for name, value in terms.items():
+            sums[name] = sums.get(name, 0.0) + value / len(TOKENS_GT)
     return Dense(sums, {name: p.grad for name, p in model.named_parameters() if p.grad is not None})
 
 

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from minitron.checkpoint.folder import WEIGHTS_DIR, read_model_config
 from minitron.checkpoint.store import CheckpointReader
+from minitron.config.distill import CrossEntropyMixConfig, DistillConfig
 from minitron.config.intermediate import HiddenLoss, IntermediateConfig
 from minitron.config.mixing import Mixing
 from minitron.config.parallel import ParallelConfig
@@ -176,6 +177,35 @@ def test_split_sequences_and_uneven_stages(
     job = replace(work(teacher, narrow), parallel=parallel)
     results = pool.run(ours.first_gradients, parallel.num_ranks, job, config, tmp_path)
     check(results, tmp_path, narrow, want)
+
+
+@pytest.mark.parametrize("axes", [(1, 1, 1), (1, 2, 1)])
+@pytest.mark.parametrize("config", [SCALED, FIXED], ids=["scaled", "fixed"])
+@pytest.mark.parametrize("mixing", list(Mixing))
+def test_total_is_the_sum_of_the_weighted_parts(
+    pool: WorkerPool,
+    teacher: Path,
+    narrow: Path,
+    tmp_path: Path,
+    axes: tuple[int, int, int],
+    config: IntermediateConfig,
+    mixing: Mixing,
+) -> None:
+    """With one micro-batch a step: a logged weight is the mean over micro-batches."""
+    recipe = DistillConfig(cross_entropy=CrossEntropyMixConfig(weight=0.7, mixing=mixing))
+    job = replace(work(teacher, narrow, *axes), recipe=recipe)
+    for result in pool.run(ours.first_gradients, math.prod(axes), job, config, tmp_path, micro_batch_size=4):
+        terms = dict(result.terms)
+        total, logits, plain = (terms.pop(name) for name in ("loss", "forward_kl", "cross_entropy"))
+        alpha = terms.pop("alpha") if config.mixing is Mixing.scaled else 0.3
+        weight = terms.pop("cross_entropy_weight") if mixing is Mixing.scaled else 0.7
+        assert set(terms) == {
+            "embedding",
+            *("block_output.0:1", "block_output.2:0", "block_output.3:2"),
+            *("mlp_input.3:1", "mlp_input.0:0"),
+            *("attention_relations.0:2", "attention_relations.2:1"),
+        }
+        assert total == pytest.approx(logits + weight * plain + alpha * sum(terms.values()), rel=1e-6)
 
 
 def test_one_width_needs_no_projection(pool: WorkerPool, teacher: Path, shallow: Path, tmp_path: Path) -> None:

@@ -138,6 +138,29 @@ def test_ablation_compares_the_papers_recipes_at_equal_tokens(base: list[str]) -
     assert stages["prune_random"].values(config)["prune.ranking"] == "random"
 
 
+@pytest.mark.parametrize("kind", ["own", "corrected", "given"])
+def test_ablation_evaluates_the_teacher_that_teaches(base: list[str], tmp_path: Path, kind: str) -> None:
+    overrides = {
+        "own": [],
+        "corrected": ["correction.enabled=true"],
+        "given": [f"distill.teacher.path={tmp_path}"],
+    }[kind]
+    config = compose_run([*base, *overrides])
+    stages = {stage.name: stage for stage in stages_of(config)}
+    needs = stages["ablation"].needs
+    teachers = {"eval_teacher", "eval_corrected", "eval_given_teacher"}.intersection(needs)
+    assert (
+        teachers
+        == {
+            "own": {"eval_teacher"},
+            "corrected": {"eval_corrected"},
+            "given": {"eval_given_teacher"},
+        }[kind]
+    )
+    assert teachers < set(wanted_stages("ablate", config))
+    assert ("eval_given_teacher" in stages) == (kind == "given")
+
+
 def test_ablation_without_its_baseline_is_refused(base: list[str]) -> None:
     with pytest.raises(ConfigError, match=r"set chain=\[\] and baseline.enabled=true"):
         wanted_stages("ablate", compose_run([*base, "baseline.enabled=false"]))

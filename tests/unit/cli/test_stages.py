@@ -12,7 +12,7 @@ from minitron.config.compose import compose_run
 from minitron.config.prune import PruneConfig, Ranking
 from minitron.config.run import RunConfig
 from minitron.config.score import Aggregation
-from minitron.config.teacher_logits import TeacherLogitsConfig
+from minitron.config.teacher_logits import CacheMethod, TeacherLogitsConfig
 from minitron.distill.cache_format import CacheIdentity, write_identity
 from minitron.errors import ArtefactError, ConfigError
 from minitron.models.random_source import random_model
@@ -248,6 +248,12 @@ def test_a_foreign_cache_is_checked_against_the_planned_teacher(base: list[str],
     assert told(foreign, "score")[0] is None
     with pytest.raises(ConfigError, match=r"say bf16, but the teacher ran in fp32 when distill.teacher.cache=.* was"):
         told([*foreign, "distill.teacher.dtype=bf16"])
+    dropped = [*foreign, "distill.logit_loss.top_k_rest=drop"]
+    with pytest.raises(ConfigError, match=r"top_k_rest=drop has no meaning for the random draws in distill.teacher.ca"):
+        told(dropped)
+    of_top_k = TeacherLogitsConfig(method=CacheMethod.top_k).parameters()
+    write_identity(tmp_path, CacheIdentity("d", 32, 257, "t", "fp32", of_top_k))
+    assert told(dropped) == (correct, correct)
 
 
 def test_a_teacher_elsewhere_has_the_identity_of_its_own_run(base: list[str], tmp_path: Path) -> None:

@@ -1,10 +1,12 @@
 """Composing a run: everything under conf/ is valid, and what is wrong is said in one line."""
 
 import importlib.util
+import shutil
 from pathlib import Path
 
 import pytest
 
+from minitron.config import compose
 from minitron.config.compose import compose_run, config_dir, flat_values, load_resolved, to_yaml
 from minitron.config.data import DataConfig
 from minitron.config.prune import PruneConfig
@@ -75,7 +77,11 @@ WRONG: list[tuple[str, list[str]]] = [
     ("++zz=1", ["there is no key zz"]),
     ("distill.train.num_tokens=many", ["distill.train.num_tokens: ", "'many'", "Integer"]),
     ("parallel.data_parallel_size=2.5", ["parallel.data_parallel_size: ", "'2.5'", "Integer"]),
-    ("prune.drop_layers=3", ["prune.drop_layers: ", "int is not a ListConfig"]),
+    ("prune.drop_layers=3", ["prune.drop_layers=3 is not a list; write prune.drop_layers=[3]"]),
+    (
+        "distill.intermediate.block_output=last-2",
+        ["block_output=last-2 is not a list; write distill.intermediate.block_output=[last-2]"],
+    ),
     ("distill.train=null", ["distill.train=null: distill.train is a section", "distill.train.num_tokens=..."]),
     ("distill=none", ["distill=none: distill is a section, not a value", "such as distill.train.num_tokens=..."]),
     ("source=foo", ["source=foo: source is a section", "such as source.kind=..."]),
@@ -114,7 +120,13 @@ WRONG: list[tuple[str, list[str]]] = [
     ("teacher_logits.num_draws=0", ["teacher_logits.num_draws=0 must be between 1 and 65535"]),
     ("teacher_logits.top_p=nan", ["teacher_logits.top_p=nan must lie in (0, 1]"]),
     ("distill.teacher.cache=x", ["distill.teacher.cache=x is read by distill.teacher.source=cached only"]),
-    ("chain=[{name: a, prune: {hiden_size: 3}}]", ["chain: ", "Key 'hiden_size' not in 'PruneConfig'"]),
+    ("chain=[{name: a, prune: {hiden_size: 3}}]", ["no key chain[0].prune.hiden_size; did you mean prune.hidden_size"]),
+    ("chain=[{name: a}, {name: b, teacher: foo}]", ["chain[1].teacher: Invalid value 'foo'", "[original, previous]"]),
+    ("chain=[{name: a}, {name: b, prune: {num_layers: x}}]", ["chain[1].prune.num_layers: Value 'x'", "Integer"]),
+    ("chain=[{name: a}, {name: b, prune: {num_layers: 0}}]", ["chain[1]: prune.num_layers=0 must be at least 1"]),
+    ("chain=[{name: a, num_tokens: '${seed}'}, {prune: 3}]", ["chain[1]: ", "int is not a subclass of PruneConfig"]),
+    ("ablation.family=[8,-4]", ["ablation.family=[8, -4] must list at least two parameter counts above 0"]),
+    ("ablation.family=[8,0]", ["ablation.family=[8, 0] must list at least two parameter counts above 0"]),
     ("cluster.variables={A: 1}", ["cluster.variables: "]),
     ("distill.train.weight_decay=inf", ["distill.train.weight_decay=inf must be at least 0, and finite"]),
     ("distill.train.lr=inf", ["distill.train.min_lr=1e-05 must lie between 0 and distill.train.lr=inf, which must be"]),
@@ -144,6 +156,32 @@ def test_a_cached_teacher_has_no_whole_distributions(override: str, kept: str) -
     assert message.startswith(f"distill.logit_loss.{override} needs the teacher's whole distributions")
     assert f"leave it {kept} " in message
     assert "\n" not in message
+
+
+def test_a_step_of_an_experiments_chain_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shutil.copytree(config_dir(), tmp_path / "conf")
+    text = "# @package _global_\nchain:\n- name: a\n- name: b\n  source: elsewhere\n"
+    (tmp_path / "conf" / "experiment" / "mine.yaml").write_text(text)
+    monkeypatch.setattr(compose, "config_dir", lambda: tmp_path / "conf")
+    with pytest.raises(ConfigError, match=r"^chain\[1\].source: Invalid value 'elsewhere', .*\[original, previous\]$"):
+        compose_run([RANDOM, "experiment=mine"])
+
+
+@pytest.mark.parametrize("rest", ["drop", "renormalize"])
+def test_a_rest_is_refused_where_nothing_is_left_out(rest: str) -> None:
+    given, cached = f"distill.logit_loss.top_k_rest={rest}", "distill.teacher.source=cached"
+    read = [["distill.logit_loss.top_k=8"], *([cached, f"teacher_logits.method={kind}"] for kind in ("top_k", "top_p"))]
+    for overrides in read:
+        assert compose_run([RANDOM, given, *overrides]).distill.logit_loss.top_k_rest.value == rest
+    unread = {
+        "distill.logit_loss.top_k=0": RANDOM,
+        "the random draws of teacher_logits.method=sampled": cached,
+    }
+    for what, override in unread.items():
+        with pytest.raises(ConfigError, match=f"^{given} has no meaning for {what}.*; leave it out, or set ") as caught:
+            compose_run([RANDOM, given, override])
+        assert "\n" not in str(caught.value)
+        compose_run([RANDOM, "distill.logit_loss.top_k_rest=ghost", override])
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ import pytest
 
 from minitron.cli.job import check_models
 from minitron.config.compose import compose_run, load_resolved, to_yaml
-from minitron.config.intermediate import IntermediateConfig, Match, State, StateKind, find_matches
+from minitron.config.intermediate import IntermediateConfig, Match, State, StateKind, find_matches, log_names
 from minitron.config.model import Architecture, ModelConfig
 from minitron.config.parallel import ParallelConfig
 from minitron.errors import ConfigError
@@ -43,6 +43,12 @@ def test_pairs_and_rules() -> None:
         pair(StateKind.mlp_input, 31, 15),
         pair(StateKind.attention_relations, 30, 3),
     ]
+
+
+def test_a_pair_is_logged_by_its_layers_where_its_kind_has_several() -> None:
+    config = IntermediateConfig(embedding=True, block_output=["last-2", "0:0"], mlp_input=["31:last"])
+    names = log_names(find_matches(config, TEACHER, STUDENT, ParallelConfig()))
+    assert list(names.values()) == ["embedding", "block_output.29:13", "block_output.0:0", "mlp_input"]
 
 
 @pytest.mark.parametrize(

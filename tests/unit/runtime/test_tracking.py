@@ -60,11 +60,12 @@ def test_other_ranks_are_silent(tmp_path: Path) -> None:
 
 def test_tensorboard_event_file(tmp_path: Path) -> None:
     writer = _writer(tmp_path, tracking=TrackingConfig(tensorboard=True))
-    writer.write(1, {"loss": 1.5})
-    writer.write(2, {"loss": 0.5})
+    writer.write(1, {"loss": 1.5, "block_output.29:13": 0.75})
+    writer.write(2, {"loss": 0.5, "block_output.29:13": 0.25})
     writer.close()
-    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload().Scalars("loss")
-    assert [(event.step, event.value) for event in events] == [(1, 1.5), (2, 0.5)]
+    written = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert [(event.step, event.value) for event in written.Scalars("loss")] == [(1, 1.5), (2, 0.5)]
+    assert [(event.step, event.value) for event in written.Scalars("block_output.29:13")] == [(1, 0.75), (2, 0.25)]
 
 
 def test_tensorboard_after_a_resume_has_each_step_once(tmp_path: Path) -> None:
