@@ -7,64 +7,21 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from minitron.cli.job import wanted_stages
-from minitron.cli.main import main
 from minitron.cli.stages import stages_of
 from minitron.cli.submit import jobs_of
-from minitron.config.compose import compose_run, load_resolved, to_yaml
+from minitron.config.compose import compose_run, load_resolved
 from minitron.config.run import Device
 from minitron.pipeline import outside_hashes, plan_stages
 from minitron.runtime.artefact import RunFolder
 from minitron.runtime.slurm import job_states, read_jobs
+from tests.unit.cli.conftest import FAKE, SLURM, Compress
 
 TWO = ["parallel.pipeline_model_parallel_size=2"]
-SLURM = ["prune.reconstruct.enabled=false", "launch=slurm", "cluster=generic"]
-
-FAKE = """#!/bin/bash
-# Numbers jobs from 101; refuses the one that $REFUSED names; squeue shows what is in the file "queue".
-cd "$(dirname "$0")" || exit 1
-echo "$(basename "$0") $*" >>calls
-case $(basename "$0") in
-    sbatch)
-        case $* in *"${REFUSED:-nothing}.sbatch") echo "sbatch: error: invalid partition" >&2; exit 1 ;; esac
-        echo x >>count
-        echo "$((100 + $(wc -l <count)));cluster" ;;
-    squeue) cat queue ;;
-esac
-"""
-
-Compress = Callable[..., int]
-
-
-@pytest.fixture
-def slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Folder of the stand-ins; ``calls`` in it has a line for each call."""
-    folder = tmp_path / "bin"
-    folder.mkdir()
-    for name in ("sbatch", "scancel", "squeue"):
-        (folder / name).write_text(FAKE)
-        (folder / name).chmod(0o755)
-    (folder / "queue").write_text("")
-    monkeypatch.setenv("PATH", f"{folder}:{os.environ['PATH']}")
-    return folder
-
-
-@pytest.fixture
-def compress(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Compress:
-    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "SLURM_STEP_NUM_TASKS"):
-        monkeypatch.delenv(name, raising=False)
-    (tmp_path / "text.txt").write_text("A text of some words.\n" * 100)
-    text = ["data=files", f"data.paths=[{tmp_path / 'text.txt'}]", "data.seq_length=32", "data.num_workers=1"]
-
-    def run(*overrides: str, verb: str = "compress") -> int:
-        return main([verb, "experiment=tiny", f"runs_dir={tmp_path / 'runs'}", *text, *SLURM, *overrides])
-
-    return run
 
 
 def _jobs(*overrides: str) -> list[tuple[str, tuple[str, ...], tuple[str, ...], tuple[int, int]]]:
@@ -241,89 +198,6 @@ def test_jobs_are_submitted_in_order(
 def test_a_gpu_cluster_computes_on_gpus(compress: Compress, slurm: Path, tmp_path: Path) -> None:
     assert compress("cluster=dgx_h100", verb="import") == 0
     assert load_resolved(tmp_path / "runs" / "tiny" / "jobs" / "001" / "resolved.yaml").device is Device.cuda
-
-
-@pytest.mark.parametrize(
-    ("overrides", "message"),
-    [
-        (
-            ["precision=fp8_current"],
-            (
-                "precision.fp8_recipe=tensorwise needs an NVIDIA GPU of compute capability 8.9 or higher, but the job "
-                "has none (cluster.gpus_per_node=0); set precision=bf16"
-            ),
-        ),
-        (
-            ["cluster=dgx_h100", "device=cpu", "precision=bf16", "distill.teacher.fp8_recipe=blockwise"],
-            (
-                "distill.teacher.fp8_recipe=blockwise needs an NVIDIA GPU of compute capability 9.0 or higher, but the "
-                "job has none (device=cpu); set precision=bf16"
-            ),
-        ),
-        (
-            ["cluster=dgx_a100", "precision=fp8_delayed"],
-            (
-                "precision.fp8_recipe=delayed cannot run on cluster.gpu=a100: delayed needs compute capability 8.9 or "
-                "higher, not 8.0; choose another recipe, or bf16"
-            ),
-        ),
-        (
-            ["cluster=dgx_h100", "precision=mxfp8", "prune.hidden_size=64"],
-            (
-                "precision.fp8_recipe=mxfp8 cannot run on cluster.gpu=h100: mxfp8 needs compute capability 10.0 or "
-                "higher and below 12.0, not 9.0"
-            ),
-        ),
-    ],
-    ids=["no GPUs", "device=cpu", "A100", "H100"],
-)
-def test_fp8_that_the_nodes_cannot_do(
-    compress: Compress,
-    slurm: Path,
-    capsys: pytest.CaptureFixture[str],
-    tmp_path: Path,
-    overrides: list[str],
-    message: str,
-) -> None:
-    assert compress(*overrides) == 10
-    [line] = capsys.readouterr().err.splitlines()
-    assert line.startswith(f"error: {message}")
-    assert not (slurm / "calls").exists()
-    assert not (tmp_path / "runs").exists()
-
-
-@pytest.mark.parametrize(
-    "overrides",
-    [
-        ["precision=fp8_blockwise"],
-        ["precision=mxfp8", "prune.hidden_size=64", "cluster.gpu=b200"],
-        ["cluster.gpu=null"],
-    ],
-)
-def test_fp8_that_the_nodes_may_do(compress: Compress, slurm: Path, overrides: list[str]) -> None:
-    assert compress("cluster=dgx_h100", *overrides, verb="import") == 0
-
-
-def test_a_rank_refuses_fp8_without_a_gpu(tmp_path: Path) -> None:
-    """Its node may be another than the submitting machine was told of; one process alone has no GPU, and needs none."""
-    overrides = ["experiment=tiny", "precision=fp8_current", "device=cpu", f"runs_dir={tmp_path / 'runs'}", *SLURM]
-    (tmp_path / "resolved.yaml").write_text(to_yaml(compose_run(overrides)))
-    (tmp_path / "outside.json").write_text('{"import": {}}')
-    step = {"PROCID": "0", "STEP_NUM_TASKS": "1", "LOCALID": "0", "STEP_NODELIST": "localhost", "JOB_ID": "5"}
-    env = {**os.environ, **{f"SLURM_{name}": value for name, value in step.items()}}
-
-    def rank(stage: str) -> "subprocess.CompletedProcess[str]":
-        command = [sys.executable, "-m", "minitron.cli.worker", tmp_path / "resolved.yaml", stage]
-        command.append(tmp_path / "outside.json")
-        return subprocess.run(command, env=env, capture_output=True, text=True, timeout=300, check=False)
-
-    refused = rank("distill")
-    assert refused.returncode == 10, refused.stderr
-    [line] = refused.stderr.splitlines()
-    assert line.startswith("error: precision.fp8_recipe=tensorwise needs an NVIDIA GPU")
-    assert not (tmp_path / "runs").exists()
-    assert rank("import").returncode == 0
-    assert (tmp_path / "runs" / "tiny" / "import").is_dir()
 
 
 def test_a_refused_job_takes_back_those_before_it(
