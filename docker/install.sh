@@ -1,6 +1,6 @@
 #!/bin/sh
 # The steps of docker/Dockerfile, the same for both bases. Runs as root inside the image.
-#   install.sh dependencies whole|without-torch    tini, a user, and what requirements.lock pins, in /opt/venv
+#   install.sh dependencies whole|without-torch    tini, ip, a user, and what requirements.lock pins, in /opt/venv
 #   install.sh minitron                            minitron itself, from /opt/build/minitron
 set -eu
 
@@ -16,7 +16,8 @@ packages() {
 
 dependencies() {
     apt-get update
-    apt-get install --yes --no-install-recommends 'tini=0.19.*'
+    # iproute2 is for launch/torchrun.sh, whose `ip` finds this host's address.
+    apt-get install --yes --no-install-recommends 'tini=0.19.*' iproute2
     rm -rf /var/lib/apt/lists/*
     # Base images for a user of their own (NVIDIA's has `ubuntu` with the usual id).
     useradd --create-home --shell /bin/sh --uid 10001 --user-group minitron

@@ -15,6 +15,20 @@ if [ $# -lt 4 ]; then
     sed -n '2,11s/^#\{1,\} \{0,1\}//p' "$0" >&2
     exit 2
 fi
+die() {
+    printf 'error: %s\n' "$*" >&2
+    exit 2
+}
+
+octet='(25[0-5]|(2[0-4]|1[0-9]|[1-9])?[0-9])'
+[[ $1 =~ ^$octet(\.$octet){3}(:[0-9]+)?$ ]] ||
+    die "ADDRESS is '$1', not an IPv4 address; write the first host's as the others reach it, such as 10.0.0.1 or" \
+        "10.0.0.1:29500 (hostname -I prints it there)"
+[[ $2 =~ ^[1-9][0-9]*$ && $2 != 1 ]] ||
+    die "HOSTS is '$2'; write their number, 2 or more (one host needs no script: minitron ... launch=torchrun)"
+[[ $3 =~ ^[1-9][0-9]*$ ]] ||
+    die "RANKS_PER_HOST is '$3'; write the processes on each host, 1 or more, with GPUs one for each"
+command -v ip >/dev/null || die "the program ip is missing; install iproute2 (Debian, Ubuntu: apt install iproute2)"
 first=${1%%:*}
 port=29500
 case $1 in *:*) port=${1##*:} ;; esac
@@ -23,7 +37,9 @@ ranks=$3
 shift 3
 
 # This host's address and interface on the way to the first.
-address=$(ip -o -4 route get "$first" | sed -n 's/.* src \([0-9.]*\).*/\1/p')
+route=$(ip -o -4 route get "$first" 2>&1) ||
+    die "no way from this host to ADDRESS $first (${route##*: }); write one that 'ip route get' has a way to"
+address=$(sed -n 's/.* src \([0-9.]*\).*/\1/p' <<<"$route")
 interface=$(ip -o -4 addr show to "$address" | awk '{ print $2; exit }')
 is_host=false
 [ "$address" != "$first" ] || is_host=true

@@ -23,7 +23,10 @@ class CorrectionConfig:
     num_tokens: int | None = None
     """Tokens to correct on; null takes ``distill.train.num_tokens``."""
     lr_scale: float = 0.2
-    """Learning rates relative to ``distill.train``: a fifth of the peak, as in the papers."""
+    """Peak learning rate relative to ``distill.train.lr``. The papers' is a fifth of the original training's peak."""
+    min_lr: float | None = None
+    """Last learning rate; null takes ``distill.train.min_lr``. The papers' is that of the original training, unscaled
+    (arXiv 2408.11796, section on teacher correction)."""
     lr_warmup_steps: int | None = None
     """Linear warm-up, in optimizer steps (the papers: 120); null takes that of ``distill.train``."""
 

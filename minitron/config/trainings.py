@@ -48,14 +48,14 @@ def settings_of(config: RunConfig, stage: str) -> TrainConfig:
     if stage == "scratch_long":
         return replace(train, num_tokens=round(config.ablation.from_scratch_times * train.num_tokens))
     if stage == "correct":
-        scale, warmup = config.correction.lr_scale, config.correction.lr_warmup_steps
+        correction, warmup = config.correction, config.correction.lr_warmup_steps
         if warmup is not None:
             train = replace(train, lr_warmup_steps=warmup, lr_warmup_tokens=0)
         return replace(
             train,
-            num_tokens=train.num_tokens if config.correction.num_tokens is None else config.correction.num_tokens,
-            lr=scale * train.lr,
-            min_lr=scale * train.min_lr,
+            num_tokens=train.num_tokens if correction.num_tokens is None else correction.num_tokens,
+            lr=correction.lr_scale * train.lr,
+            min_lr=train.min_lr if correction.min_lr is None else correction.min_lr,  # not scaled: see the key
         )
     return train
 

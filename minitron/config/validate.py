@@ -31,7 +31,7 @@ def validate(run: RunConfig) -> None:
     seq_length = run.data.seq_length
     check_train(run.distill.train, run.parallel, seq_length=seq_length, who="distill.train")
     if run.correction.enabled:
-        check_train(settings_of(run, "correct"), run.parallel, seq_length=seq_length, who="correction")
+        _check_correction(run)
     if not run.search.grid.is_empty:
         _check_search(run)
     check_chain(run.chain)
@@ -187,6 +187,17 @@ def _check_ranges(run: RunConfig) -> None:
     ):
         if not number > 0:
             raise ConfigError(f"{name}={number} must be more than 0")
+
+
+def _check_correction(run: RunConfig) -> None:
+    train = settings_of(run, "correct")
+    if train.min_lr > train.lr:
+        raise ConfigError(
+            f"the correction's last learning rate {train.min_lr:g} (correction.min_lr, null: distill.train.min_lr) is "
+            f"above its peak {train.lr:g} (correction.lr_scale={run.correction.lr_scale:g} x "
+            f"distill.train.lr={run.distill.train.lr:g}); set correction.min_lr lower, or correction.lr_scale higher"
+        )
+    check_train(train, run.parallel, seq_length=run.data.seq_length, who="correction")
 
 
 def _check_source(run: RunConfig) -> None:

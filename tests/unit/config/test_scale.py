@@ -65,6 +65,11 @@ def test_steps_of_a_chain_are_scaled() -> None:
         ([NEMO, "plan.utilization=1.5"], "plan.utilization=1.5 must be above 0 and at most 1"),
         ([NEMO, "plan.peak_tflops=0"], "plan.peak_tflops=0.0 must be a number above 0"),
         ([NEMO, "preflight.outlier_share=1"], "preflight.outlier_share=1.0 must lie in [0, 1)"),
+        (
+            ["experiment=tiny", "correction.enabled=true", "correction.lr_scale=0.05"],
+            "last learning rate 0.0001 (correction.min_lr, null: distill.train.min_lr) is above its peak 5e-05",
+        ),
+        (["experiment=tiny", "correction.enabled=true", "correction.min_lr=-1"], "correction.min_lr=-1"),
         ([NEMO, "correction.lr_warmup_steps=-1"], "correction.lr_warmup_steps=-1 must be at least 0"),
     ],
 )
@@ -73,6 +78,16 @@ def test_impossible_scale_is_one_line(overrides: list[str], part: str) -> None:
         compose_run(overrides)
     assert part in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_correction_lowers_the_peak_and_not_the_end() -> None:
+    """arXiv 2408.11796: a fifth of the peak learning rate, the original training's last one."""
+    base = ["experiment=tiny", "correction.enabled=true", "distill.train.lr=1e-3", "distill.train.min_lr=1e-4"]
+    corrected = settings_of(compose_run(base), "correct")
+    assert (corrected.lr, corrected.min_lr) == (pytest.approx(2e-4), 1e-4)
+    given = compose_run([*base, "correction.min_lr=3e-6"])
+    assert settings_of(given, "correct").min_lr == 3e-6
+    assert settings_of(given, "distill").min_lr == 1e-4
 
 
 def test_correction_warms_up_by_itself() -> None:
