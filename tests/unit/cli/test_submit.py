@@ -280,8 +280,9 @@ def test_fp8_that_the_nodes_may_do(compress: Compress, slurm: Path, overrides: l
 def test_a_rank_refuses_fp8_without_a_gpu(tmp_path: Path) -> None:
     """Its node may be another than the submitting machine was told of; one process alone has no GPU, and needs none."""
     overrides = ["experiment=tiny", "precision=fp8_current", "device=cpu", f"runs_dir={tmp_path / 'runs'}", *SLURM]
-    (tmp_path / "resolved.yaml").write_text(to_yaml(compose_run(overrides)))
-    (tmp_path / "outside.json").write_text('{"import": {}}')
+    config = compose_run(overrides)
+    (tmp_path / "resolved.yaml").write_text(to_yaml(config))
+    (tmp_path / "outside.json").write_text(json.dumps({stage.name: {} for stage in stages_of(config)}))
     step = {"PROCID": "0", "STEP_NUM_TASKS": "1", "LOCALID": "0", "STEP_NODELIST": "localhost", "JOB_ID": "5"}
     env = {**os.environ, **{f"SLURM_{name}": value for name, value in step.items()}}
 
@@ -295,7 +296,8 @@ def test_a_rank_refuses_fp8_without_a_gpu(tmp_path: Path) -> None:
     [line] = refused.stderr.splitlines()
     assert line.startswith("error: precision.fp8_recipe=tensorwise needs an NVIDIA GPU")
     assert not (tmp_path / "runs").exists()
-    assert rank("import").returncode == 0
+    imported = rank("import")
+    assert imported.returncode == 0, imported.stderr
     assert (tmp_path / "runs" / "tiny" / "import").is_dir()
 
 
