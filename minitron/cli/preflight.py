@@ -15,7 +15,7 @@ from minitron.config.run import Device, RunConfig
 from minitron.errors import PlatformError
 from minitron.runtime.device import check_num_ranks, process_group, resolve_device
 from minitron.runtime.env import DistEnv
-from minitron.runtime.preflight import Check, preflight
+from minitron.runtime.preflight import Asked, Check, preflight
 
 _PORTS_APART = 10000
 """From the port of a job's ranks to that of its preflight: a rank that is early must not meet the other group."""
@@ -38,7 +38,8 @@ def check_rank(config: RunConfig, env: DistEnv) -> None:
     try:
         with process_group(env, device, timeout=timeout), in_turn(env):
             here = torch.device("cpu") if device is Device.cpu else torch.device("cuda", env.local_rank)
-            checks = preflight(Path(config.runs_dir) / config.name, here, config.preflight)
+            asked = Asked(config.fp8_recipes, prefers_gpu=config.device is Device.auto)
+            checks = preflight(Path(config.runs_dir) / config.name, here, config.preflight, asked)
             if env.rank == 0:
                 _print(checks, Console(soft_wrap=True))
             _agree([check.name for check in checks if check.reason is not None], len(checks))

@@ -2,7 +2,7 @@
 
 import contextlib
 import datetime
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import NoReturn
 
 import torch
@@ -15,10 +15,14 @@ from minitron.config.parallel import ParallelConfig
 from minitron.config.precision import Fp8Recipe
 from minitron.config.run import Device, RunConfig
 from minitron.errors import LayoutError, PlatformError
-from minitron.runtime.env import DistEnv
+from minitron.runtime.env import DistEnv, num_cores
 
 COLLECTIVE_TIMEOUT = datetime.timedelta(hours=2)
 """Longer than any stage that one rank does alone while the others wait (tokenizing, export)."""
+
+
+MOST_RANKS_PER_CORE = 8
+"""More processes than this on a core are a layout for other machines, not a trial on this one."""
 
 
 def resolve_device(device: Device) -> Device:
@@ -48,14 +52,36 @@ def check_precision(config: RunConfig, device: Device) -> None:
     for key, recipe in config.fp8_recipes.items():
         if device is Device.cpu:
             _refuse_without_gpu(key, recipe, "the device is cpu")
-        cuda = torch.version.cuda
-        reason = unmet_need(
-            recipe,
-            capability=torch.cuda.get_device_capability(0),
-            cuda=None if cuda is None else (int(cuda.split(".")[0]), int(cuda.split(".")[1])),
-        )
-        if reason:
+        if reason := _unmet_by_gpu(recipe, 0):
             _refuse(key, recipe, reason)
+
+
+def _unmet_by_gpu(recipe: Fp8Recipe, index: int) -> str | None:
+    cuda = torch.version.cuda
+    return unmet_need(
+        recipe,
+        capability=torch.cuda.get_device_capability(index),
+        cuda=None if cuda is None else (int(cuda.split(".")[0]), int(cuda.split(".")[1])),
+    )
+
+
+def refused_fp8(recipes: Mapping[str, Fp8Recipe], device: torch.device) -> dict[str, str]:
+    """What a rank's device cannot do of the FP8 recipes: why, by key.
+
+    Args:
+        recipes: See `RunConfig.fp8_recipes`.
+        device: This rank's device; a GPU is the current one. Without Transformer Engine only the GPU is asked.
+    """
+    if device.type == "cpu":
+        return {key: f"{recipe} needs an NVIDIA GPU, the device is cpu" for key, recipe in recipes.items()}
+    found: dict[str, str] = {}
+    for key, recipe in recipes.items():
+        reason = _unmet_by_gpu(recipe, device.index)
+        if reason is None and te.import_error() is None:
+            reason = te.unsupported(recipe)
+        if reason is not None:
+            found[key] = reason
+    return found
 
 
 def check_cluster_precision(config: RunConfig) -> None:
@@ -118,7 +144,7 @@ def check_num_ranks(env: DistEnv, parallel: ParallelConfig) -> None:
 
 
 def check_devices(num_ranks: int, config: RunConfig, *, places: int = 1) -> None:
-    """Refuse to start more ranks on this machine than it has GPUs, where they run on GPUs.
+    """Refuse to start more ranks on this machine than it has GPUs, or on a CPU far more than it has cores.
 
     Args:
         num_ranks: Ranks of a job on this machine.
@@ -128,11 +154,19 @@ def check_devices(num_ranks: int, config: RunConfig, *, places: int = 1) -> None
     Raises:
         LayoutError: With both numbers.
     """
-    if resolve_device(config.device) is not Device.cuda:
+    need = places * num_ranks
+    jobs = f"search.workers={places} x {num_ranks} ranks" if places > 1 else config.parallel.arithmetic()
+    if resolve_device(config.device) is Device.cpu:
+        cores = num_cores()
+        if need > MOST_RANKS_PER_CORE * cores:
+            raise LayoutError(
+                f"{jobs} would start {need} processes on this machine, which has {cores} cores and no GPU in use, more "
+                f"than {MOST_RANKS_PER_CORE} a core; change parallel.* or search.workers, or start it where there are "
+                "more: launch=torchrun, launch=slurm"
+            )
         return
-    have, need = torch.cuda.device_count(), places * num_ranks
+    have = torch.cuda.device_count()
     if need > have:
-        jobs = f"search.workers={places} x {num_ranks} ranks" if places > 1 else config.parallel.arithmetic()
         raise LayoutError(
             f"{jobs} need {need} GPUs on this machine, which has {have}; change parallel.* or search.workers, or start "
             "it where there are more: launch=torchrun, launch=slurm"

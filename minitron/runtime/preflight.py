@@ -5,22 +5,38 @@ import secrets
 import shutil
 import socket
 import time
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 
 from minitron.config.fp8 import NEEDS
+from minitron.config.precision import Fp8Recipe
 from minitron.config.preflight import PreflightConfig
 from minitron.runtime.bandwidth import Figures, clock_offsets, measure, outliers
+from minitron.runtime.device import refused_fp8
 
 _DRIVER = Path("/proc/driver/nvidia/version")
+_NO_DRIVER = "none"
 _SHARED_WAIT_S = 10.0
 """Network file systems show a new file late."""
 _FP8_CAPABILITY = min(need.capability for need in NEEDS.values())
 """The first compute capability with FP8 tensor cores."""
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What the run asks of the machines.
+
+    Attributes:
+        recipes: Its FP8 recipes by key, see `RunConfig.fp8_recipes`.
+        prefers_gpu: Whether the device was left open (``device=auto``), so that a GPU should be used.
+    """
+
+    recipes: Mapping[str, Fp8Recipe] = field(default_factory=dict)
+    prefers_gpu: bool = False
 
 
 @dataclass(frozen=True)
@@ -55,6 +71,7 @@ class Facts:
         sees_run: Whether it reads in the run folder what rank 0 wrote there.
         free_bytes: Free space on the disk of the run folder.
         figures: What it measured.
+        refused_fp8: Why its device cannot do an FP8 recipe that the run asks for, by key.
     """
 
     rank: int
@@ -69,6 +86,7 @@ class Facts:
     sees_run: bool
     free_bytes: int
     figures: Figures
+    refused_fp8: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def name(self) -> str:
@@ -77,7 +95,12 @@ class Facts:
 
 
 def preflight(
-    run_folder: Path, device: torch.device, settings: PreflightConfig, *, shared_wait_s: float = _SHARED_WAIT_S
+    run_folder: Path,
+    device: torch.device,
+    settings: PreflightConfig,
+    asked: Asked,
+    *,
+    shared_wait_s: float = _SHARED_WAIT_S,
 ) -> list[Check]:
     """Look at every rank's machine and at what connects them; all ranks call it together.
 
@@ -85,6 +108,7 @@ def preflight(
         run_folder: Folder that all ranks must share; made when it is not there.
         device: This rank's device.
         settings: Limits.
+        asked: What the run asks for.
         shared_wait_s: Longest wait for the others to see what rank 0 wrote.
 
     Returns:
@@ -94,25 +118,29 @@ def preflight(
     free = shutil.disk_usage(run_folder).free if sees_run else 0
     figures = measure(device, num_bytes=settings.message_mb * 10**6)
     offsets = clock_offsets()
-    facts = _facts(device, sees_run=sees_run, free_bytes=free, figures=figures)
+    facts = replace(
+        _facts(device, sees_run=sees_run, free_bytes=free, figures=figures),
+        refused_fp8=refused_fp8(asked.recipes, device),
+    )
     everyone: list[Facts] = [facts] * dist.get_world_size()
     dist.all_gather_object(everyone, facts)
-    return judge(everyone, offsets, settings) if dist.get_rank() == 0 else []
+    return judge(everyone, offsets, settings, asked) if dist.get_rank() == 0 else []
 
 
-def judge(everyone: Sequence[Facts], offsets: Sequence[float], settings: PreflightConfig) -> list[Check]:
+def judge(everyone: Sequence[Facts], offsets: Sequence[float], settings: PreflightConfig, asked: Asked) -> list[Check]:
     """Turn what the ranks saw into checks.
 
     Args:
         everyone: The facts of every rank, in order.
         offsets: Seconds by which each rank's clock is ahead of rank 0's.
         settings: Limits.
+        asked: What the run asks for.
     """
     on_gpu = everyone[0].gpu is not None
     hosts = sorted({facts.host for facts in everyone})
     checks = [
         Check("ranks", f"{len(everyone)} on {hosts[0] if len(hosts) == 1 else f'{len(hosts)} hosts'}"),
-        _same("devices", ((facts.name, facts.gpu or "CPU") for facts in everyone)),
+        _devices(everyone, asked),
         _same("versions", ((facts.name, facts.versions) for facts in everyone)),
     ]
     if on_gpu:
@@ -120,8 +148,9 @@ def judge(everyone: Sequence[Facts], offsets: Sequence[float], settings: Preflig
             _own_gpu(everyone),
             _same("driver", ((facts.name, facts.driver) for facts in everyone)),
             _transformer_engine(everyone),
-            _fp8(everyone),
         ]
+    if on_gpu or asked.recipes:
+        checks.append(_fp8(everyone, asked))
     checks += [
         _same("fused kernels", ((f.name, ", ".join(f"{k}: {v}" for k, v in f.kernels.items())) for f in everyone)),
         _computing(everyone, settings),
@@ -193,7 +222,7 @@ def _driver() -> str:
     try:
         first = _DRIVER.read_text(encoding="utf-8").splitlines()[0]
     except (OSError, IndexError):
-        return "none"
+        return _NO_DRIVER
     return " ".join(first.removeprefix("NVRM version:").split()[:9])
 
 
@@ -231,6 +260,19 @@ def _same(name: str, values: Iterable[tuple[str, str]]) -> Check:
     return Check(name, common, reason)
 
 
+def _devices(everyone: Sequence[Facts], asked: Asked) -> Check:
+    """All the same, and no GPU that a driver has but torch does not see."""
+    check = _same("devices", ((facts.name, facts.gpu or "CPU") for facts in everyone))
+    unused = [facts.name for facts in everyone if facts.gpu is None and facts.driver != _NO_DRIVER]
+    if check.reason is not None or not asked.prefers_gpu or not unused:
+        return check
+    reason = (
+        f"NVIDIA's driver is loaded, but torch sees no CUDA device on {_few(unused)}; install a torch built for the "
+        "driver's CUDA, look at CUDA_VISIBLE_DEVICES, or set device=cpu"
+    )
+    return replace(check, reason=reason)
+
+
 def _own_gpu(everyone: Sequence[Facts]) -> Check:
     seen: dict[tuple[str, str], list[str]] = {}
     for facts in everyone:
@@ -247,11 +289,19 @@ def _transformer_engine(everyone: Sequence[Facts]) -> Check:
     return Check("Transformer Engine", found, reason)
 
 
-def _fp8(everyone: Sequence[Facts]) -> Check:
-    """Says whether FP8 could be used; asking for it is the configuration's, which refuses where it cannot."""
+def _fp8(everyone: Sequence[Facts], asked: Asked) -> Check:
+    """Says whether FP8 could be used, and fails where the run asks for a recipe that a device cannot do."""
     capability = min(facts.capability or (0, 0) for facts in everyone)
     can = "available" if capability >= _FP8_CAPABILITY else "not available"
-    return Check("FP8", f"{can}: compute capability {capability[0]}.{capability[1]}")
+    of = f"compute capability {capability[0]}.{capability[1]}" if any(capability) else "no GPU"
+    wanted = "".join(f", {key}={recipe} asked for" for key, recipe in asked.recipes.items())
+    reasons: dict[str, list[str]] = {}
+    for facts in everyone:
+        for reason in facts.refused_fp8.values():
+            reasons.setdefault(reason, []).append(facts.name)
+    refused = [f"{reason} ({_few(list(dict.fromkeys(names)))})" for reason, names in reasons.items()]
+    failed = f"{_few(refused)}; choose another recipe, or precision=bf16" if refused else None
+    return Check("FP8", f"{can}: {of}{wanted}", failed)
 
 
 def _computing(everyone: Sequence[Facts], settings: PreflightConfig) -> Check:

@@ -9,7 +9,14 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 
 def test_what_fails_is_one_row_and_the_exit_code(tmp_path: Path) -> None:
     settings = ["preflight.message_mb=1", "preflight.outlier_share=0", "preflight.min_free_gb=1e9"]
-    overrides = ["experiment=tiny", "device=cpu", "parallel.data_parallel_size=2", f"runs_dir={tmp_path}", *settings]
+    overrides = [
+        "experiment=tiny",
+        "device=cpu",
+        "parallel.data_parallel_size=2",
+        "precision=fp8_current",
+        f"runs_dir={tmp_path}",
+        *settings,
+    ]
     result = subprocess.run(
         [sys.executable, "-m", "minitron.cli.main", "preflight", *overrides],
         cwd=REPOSITORY,
@@ -21,10 +28,11 @@ def test_what_fails_is_one_row_and_the_exit_code(tmp_path: Path) -> None:
     assert result.returncode == 10, result.stdout + result.stderr
     lines = [line for line in result.stdout.splitlines() if " ok " in line or "FAILED" in line]
     rows = {line.split("  ")[0].strip(): line for line in lines}
-    assert [name for name, line in rows.items() if "FAILED" in line] == ["disk space"]
+    assert [name for name, line in rows.items() if "FAILED" in line] == ["FP8", "disk space"]
     assert {"ranks", "devices", "all-reduce, GB/s", "run folder", "clocks"} <= set(rows)
     assert "preflight.min_free_gb=1e+09" in result.stdout
+    assert "not available: no GPU" in rows["FP8"]
     assert "Traceback" not in result.stderr
     errors = [line for line in result.stderr.splitlines() if line.startswith("error")]
-    assert errors == ["error: preflight: 1 of 10 checks failed: disk space; the table says why"]
+    assert errors == ["error: preflight: 2 of 11 checks failed: FP8, disk space; the table says why"]
     assert {path.name for path in (tmp_path / "tiny").iterdir()} == {"resolved.yaml", "outside.json"}

@@ -109,14 +109,14 @@ def test_chain_that_cannot_work_is_refused(base: list[str], chain: str) -> None:
         compose_run([*base, f"chain={chain}"])
 
 
-def test_correction_teaches_at_a_fifth_of_the_rate_and_pruning_takes_the_original(base: list[str]) -> None:
+def test_correction_teaches_at_a_fifth_of_the_peak_rate_and_pruning_takes_the_original(base: list[str]) -> None:
     config = compose_run([*base, "correction.enabled=true", "correction.num_tokens=2560"])
     assert wanted_stages("train", config) == ["correct"]
     stages = {stage.name: stage for stage in stages_of(config)}
     assert stages["prune"].needs == ("import", "score", "data")
     assert stages["distill"].needs == ("correct", "prune", "data")
     values = stages["correct"].values(config)
-    assert [values[f"distill.train.{key}"] for key in ("lr", "min_lr", "num_tokens")] == [2e-4, 2e-5, 2560]
+    assert [values[f"distill.train.{key}"] for key in ("lr", "min_lr", "num_tokens")] == [2e-4, 1e-4, 2560]
 
 
 def test_ablation_compares_the_papers_recipes_at_equal_tokens(base: list[str]) -> None:

@@ -335,6 +335,25 @@ def test_more_ranks_than_gpus(fails: Fails, text: list[str], monkeypatch: pytest
     assert "need 2 GPUs on this machine, which has 1; change parallel.*" in message
 
 
+@pytest.mark.parametrize(("ranks", "refused"), [(17, True), (16, False)])
+@pytest.mark.parametrize("verb", ["preflight", "compress"])
+def test_far_more_ranks_than_cores(
+    fails: Fails, text: list[str], monkeypatch: pytest.MonkeyPatch, ranks: int, refused: bool, verb: str
+) -> None:
+    monkeypatch.setattr("minitron.runtime.device.num_cores", lambda: 2)
+    layout = ["device=cpu", f"parallel.data_parallel_size={ranks}", f"distill.train.global_batch_size={ranks}"]
+    overrides = ["source.kind=random", *text, *layout, "distill.train.micro_batch_size=1"]
+    if not refused:
+        with pytest.raises(AssertionError, match="started"):
+            fails(3, *overrides, verb=verb)
+        return
+    message = fails(3, *overrides, verb=verb)
+    assert (
+        "would start 17 processes on this machine, which has 2 cores and no GPU in use, more than 8 a core;" in message
+    )
+    assert "change parallel.* or search.workers, or start it where there are more: launch=torchrun" in message
+
+
 def test_preflight_of_a_cluster(fails: Fails) -> None:
     message = fails(3, "source.kind=random", "launch=slurm", verb="preflight")
     assert message.startswith("minitron preflight checks the machines that it runs on; start it inside an allocation")

@@ -1,5 +1,6 @@
 """launch=slurm with FP8: refused before anything is submitted where the nodes cannot do it, and else by the ranks."""
 
+import json
 import os
 import subprocess
 import sys
@@ -7,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from minitron.cli.stages import stages_of
 from minitron.config.compose import compose_run, to_yaml
 from tests.unit.cli.conftest import SLURM, Compress
 
@@ -73,17 +75,24 @@ def test_fp8_that_the_nodes_may_do(compress: Compress, slurm: Path, overrides: l
 
 
 def test_a_rank_refuses_fp8_without_a_gpu(tmp_path: Path) -> None:
-    """Its node may be another than the submitting machine was told of."""
+    """Its node may be another than the submitting machine was told of; one process alone has no GPU, and needs none."""
     overrides = ["experiment=tiny", "precision=fp8_current", "device=cpu", f"runs_dir={tmp_path / 'runs'}", *SLURM]
-    (tmp_path / "resolved.yaml").write_text(to_yaml(compose_run(overrides)))
-    (tmp_path / "outside.json").write_text("{}")
+    config = compose_run(overrides)
+    (tmp_path / "resolved.yaml").write_text(to_yaml(config))
+    (tmp_path / "outside.json").write_text(json.dumps({stage.name: {} for stage in stages_of(config)}))
     step = {"PROCID": "0", "STEP_NUM_TASKS": "1", "LOCALID": "0", "STEP_NODELIST": "localhost", "JOB_ID": "5"}
     env = {**os.environ, **{f"SLURM_{name}": value for name, value in step.items()}}
 
-    command = [sys.executable, "-m", "minitron.cli.worker", tmp_path / "resolved.yaml", "distill"]
-    command.append(tmp_path / "outside.json")
-    refused = subprocess.run(command, env=env, capture_output=True, text=True, timeout=300, check=False)
+    def rank(stage: str) -> "subprocess.CompletedProcess[str]":
+        command = [sys.executable, "-m", "minitron.cli.worker", tmp_path / "resolved.yaml", stage]
+        command.append(tmp_path / "outside.json")
+        return subprocess.run(command, env=env, capture_output=True, text=True, timeout=300, check=False)
+
+    refused = rank("distill")
     assert refused.returncode == 10, refused.stderr
     [line] = refused.stderr.splitlines()
     assert line.startswith("error: precision.fp8_recipe=tensorwise needs an NVIDIA GPU")
     assert not (tmp_path / "runs").exists()
+    imported = rank("import")
+    assert imported.returncode == 0, imported.stderr
+    assert (tmp_path / "runs" / "tiny" / "import").is_dir()

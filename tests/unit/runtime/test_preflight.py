@@ -5,9 +5,10 @@ from pathlib import Path
 
 import pytest
 
+from minitron.config.precision import Fp8Recipe
 from minitron.config.preflight import PreflightConfig
 from minitron.runtime.bandwidth import Figures, neighbour_of, outliers
-from minitron.runtime.preflight import Check, Facts, judge
+from minitron.runtime.preflight import Asked, Check, Facts, judge
 from tests.helpers.pool import WorkerPool
 from tests.unit.runtime import preflight_workers
 
@@ -106,13 +107,13 @@ def _machine(num_ranks: int = 8) -> list[Facts]:
     ]
 
 
-def _failed(machine: list[Facts], offsets: list[float] | None = None) -> dict[str, str]:
-    checks = judge(machine, offsets or [0.0] * len(machine), PreflightConfig())
+def _failed(machine: list[Facts], offsets: list[float] | None = None, asked: Asked | None = None) -> dict[str, str]:
+    checks = judge(machine, offsets or [0.0] * len(machine), PreflightConfig(), asked or Asked())
     return {name: check.reason for name, check in _by_name(checks).items() if check.reason is not None}
 
 
 def test_a_sound_machine_passes() -> None:
-    checks = _by_name(judge(_machine(), [0.0] * 8, PreflightConfig()))
+    checks = _by_name(judge(_machine(), [0.0] * 8, PreflightConfig(), Asked()))
     assert not any(check.reason for check in checks.values())
     assert checks["ranks"].found == "8 on 2 hosts"
     assert checks["links inside hosts, GB/s"].found == "200"
@@ -157,3 +158,27 @@ def test_what_is_wrong_is_named() -> None:
         "what rank 0 writes is not seen by rank 2 (node0); rank 3 (node0); rank 4 (node1); rank 5 (node1) and 2 more; "
         "runs_dir must be a folder all hosts share"
     )
+
+
+def test_fp8_that_is_asked_for() -> None:
+    key = "precision.fp8_recipe"
+    asked = Asked({key: Fp8Recipe.mxfp8})
+    assert _failed(_machine(), asked=asked) == {}  # no rank has refused it
+    why = "mxfp8 needs compute capability 10.0"
+    machine = [replace(facts, refused_fp8={key: why} if facts.rank in (3, 5) else {}) for facts in _machine()]
+    assert _failed(machine, asked=asked) == {
+        "FP8": f"{why} (rank 3 (node0); rank 5 (node1)); choose another recipe, or precision=bf16"
+    }
+    found = _by_name(judge(machine, [0.0] * 8, PreflightConfig(), asked))["FP8"].found
+    assert found == "available: compute capability 9.0, precision.fp8_recipe=mxfp8 asked for"
+
+
+def test_a_driver_without_a_gpu_in_torch() -> None:
+    machine = [replace(facts, gpu=None, capability=None) for facts in _machine(2)]
+    failed = _failed(machine, asked=Asked(prefers_gpu=True))
+    assert failed.keys() == {"devices"}
+    assert failed["devices"].startswith(
+        "NVIDIA's driver is loaded, but torch sees no CUDA device on rank 0 (node0); rank 1 (node0); install a torch"
+    )
+    assert _failed(machine) == {}  # device=cpu
+    assert _failed([replace(facts, driver="none") for facts in machine], asked=Asked(prefers_gpu=True)) == {}
