@@ -21,12 +21,13 @@ _PORTS_APART = 10000
 """From the port of a job's ranks to that of its preflight: a rank that is early must not meet the other group."""
 
 
-def check_rank(config: RunConfig, env: DistEnv) -> None:
+def check_rank(config: RunConfig, env: DistEnv, *, in_fp8: bool = True) -> None:
     """Check the machines as one of the ranks; rank 0 prints the table.
 
     Args:
         config: The run.
         env: This process's rank.
+        in_fp8: Whether the ranks do what the run does in FP8, if it does anything in it.
 
     Raises:
         PlatformError: A check failed, or the ranks do not reach each other.
@@ -38,7 +39,7 @@ def check_rank(config: RunConfig, env: DistEnv) -> None:
     try:
         with process_group(env, device, timeout=timeout), in_turn(env):
             here = torch.device("cpu") if device is Device.cpu else torch.device("cuda", env.local_rank)
-            asked = Asked(config.fp8_recipes, prefers_gpu=config.device is Device.auto)
+            asked = Asked(config.fp8_recipes if in_fp8 else {}, prefers_gpu=config.device is Device.auto)
             checks = preflight(Path(config.runs_dir) / config.name, here, config.preflight, asked)
             if env.rank == 0:
                 _print(checks, Console(soft_wrap=True))
@@ -51,19 +52,20 @@ def check_rank(config: RunConfig, env: DistEnv) -> None:
         ) from error
 
 
-def check_job(config: RunConfig, env: DistEnv) -> None:
+def check_job(config: RunConfig, env: DistEnv, *, in_fp8: bool) -> None:
     """Check a SLURM job's machines at its start, briefly: too briefly to judge speeds, which are shown only.
 
     Args:
         config: The run, as this job was started.
         env: This process's rank.
+        in_fp8: Whether the job's stages are among those that FP8 is for.
 
     Raises:
         PlatformError: As `check_rank`; the job ends with it, and is not requeued.
     """
     brief = replace(config.preflight, message_mb=1, outlier_share=0.0)
     apart = replace(env, master_port=env.master_port - _PORTS_APART)
-    check_rank(replace(config, preflight=brief), apart)
+    check_rank(replace(config, preflight=brief), apart, in_fp8=in_fp8)
 
 
 def _agree(failed: list[str], number: int) -> None:

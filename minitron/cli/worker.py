@@ -124,10 +124,11 @@ def run_rank(config: RunConfig, wanted: Sequence[str], env: DistEnv, *, outside:
     with in_turn(env):
         check_num_ranks(env, config.parallel)
         device = resolve_device(config.device)
-        if not runs_alone(config, wanted):  # what one process does multiplies nothing in FP8, and may have no GPU
+        in_fp8 = not runs_alone(config, wanted)  # what one process does is not in FP8, and it may have no GPU
+        if in_fp8:
             check_precision(config, device)
     if config.launch.kind is LaunchKind.slurm:
-        check_job(config, env)
+        check_job(config, env, in_fp8=in_fp8)
     run = RunFolder(Path(config.runs_dir) / config.name)
     with process_group(env, device), model_parallel(config.parallel, seed=config.seed) as groups, in_turn(env):
         check_transformer_engine(config, device)
