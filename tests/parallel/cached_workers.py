@@ -12,6 +12,7 @@ from minitron.config.run import Device, RunConfig
 from minitron.distill import cache_write
 from minitron.distill.cache_write import write_teacher_logits
 from minitron.distill.run import distill
+from minitron.errors import ArtefactError
 from minitron.runtime.artefact import RunFolder
 from minitron.runtime.session import Session
 from minitron.runtime.tracking import read_metrics
@@ -75,6 +76,15 @@ def write_cache(job: Job, parallel: ParallelConfig, out: Path, *, stop_after: in
         finally:
             cache_write._SHARD_SECONDS, cache_write.write_shard = seconds, whole
     raise AssertionError("it was not stopped")
+
+
+def refusal(job: Job, parallel: ParallelConfig, teacher: Path, out: Path) -> str:
+    """Why a cache is not learnt from, as this rank says it."""
+    try:
+        distill_steps(job, parallel, teacher, out)
+    except ArtefactError as error:
+        return str(error)
+    raise AssertionError("it was learnt from")
 
 
 def distill_steps(

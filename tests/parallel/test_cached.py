@@ -24,7 +24,7 @@ from minitron.distill.cached import CachedTeacher
 from minitron.errors import ArtefactError, ModelError
 from minitron.losses import SparseTarget, linear_sparse_kl
 from tests.helpers.pool import PoolError, WorkerPool
-from tests.parallel.cached_workers import Job, distill_steps, write_cache
+from tests.parallel.cached_workers import Job, distill_steps, refusal, write_cache
 from tests.parallel.reference import VOCAB_SIZE, dense_logits, layout, make_model
 
 S, GLOBAL_BATCH, STEPS = 16, 8, 3
@@ -265,6 +265,23 @@ def test_rows_that_only_fill_up_and_stages_without_loss(job: Job, top_k_cache: P
     assert (other_SBK[:, 0] == -1).all()
     (signal,) = CachedTeacher(cache, is_last_stage=False, cp_rank=0, device=torch.device("cpu")).signals([batch])
     assert signal.final is None
+
+
+@pytest.mark.parametrize("damaged", [0, 1])
+def test_a_damaged_record_is_told_by_every_rank_before_the_first_step(
+    pool: WorkerPool, job: Job, caches: dict[str, LogitCache], tmp_path: Path, damaged: int
+) -> None:
+    cache, out = tmp_path / "cache", tmp_path / "out"
+    shutil.copytree(caches["dp2"].folder, cache)
+    shards = sorted(cache.glob("*.shard"))
+    assert len(shards) == 2  # one for each rank to read
+    content = bytearray(shards[damaged].read_bytes())
+    content[-1] ^= 1
+    shards[damaged].write_bytes(content)
+    first, second = pool.run(refusal, 2, job, layout(pp=2), cache, out)
+    assert first == second
+    assert f"{shards[damaged].name}: the record of sample " in first
+    assert not list(out.iterdir())
 
 
 def test_a_longer_run_adds_what_is_missing(pool: WorkerPool, job: Job, tmp_path: Path) -> None:
