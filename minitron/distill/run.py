@@ -5,6 +5,8 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 
+import torch.distributed as dist
+
 from minitron.checkpoint.folder import read_model_config
 from minitron.config.distill import TeacherSource
 from minitron.config.model import ModelConfig
@@ -139,7 +141,7 @@ def _intermediate(
 
 
 def _open_cache(session: Session, folder: Path, *, teacher_id: str, student: Path, data: Path) -> tuple[Teacher, int]:
-    """A teacher from a cache and the vocabulary it covers; make sure, before the first step, that no sample lacks."""
+    """A teacher from a cache and the vocabulary it covers; that no sample lacks or is damaged is seen here."""
     cache = LogitCache(folder)
     # Fewer ids than the student's are those it has in common with a teacher; with more, the cache is of other models.
     common = min(cache.identity.vocab_size, read_model_config(student).vocab_size)
@@ -154,6 +156,22 @@ def _open_cache(session: Session, folder: Path, *, teacher_id: str, student: Pat
             "distill.train and seed, which adds them"
         )
     groups = session.groups
+    _check_records(cache, session)
     return CachedTeacher(
         cache, is_last_stage=groups.is_last_stage, cp_rank=groups.cp_rank, device=session.torch_device
     ), common
+
+
+def _check_records(cache: LogitCache, session: Session) -> None:
+    """Every rank reads its share of the shards, and all end with the error that one of them finds."""
+    groups = session.groups
+    session.say(f"  checking {cache.num_bytes / 1e9:.3g} GB in {cache.folder}")
+    found = ""
+    try:
+        cache.check_records(rank=groups.world_rank, world_size=groups.world_size)
+    except ArtefactError as error:
+        found = str(error)
+    told = [""] * groups.world_size
+    dist.all_gather_object(told, found)
+    if damaged := [message for message in told if message]:
+        raise ArtefactError(damaged[0])

@@ -14,7 +14,7 @@ from minitron.config.run import Device, RunConfig
 from minitron.distill import cache_write
 from minitron.distill.cache_write import write_teacher_logits
 from minitron.distill.run import distill
-from minitron.errors import StoppedError
+from minitron.errors import ArtefactError, StoppedError
 from minitron.runtime.artefact import RunFolder
 from minitron.runtime.session import Session
 from minitron.runtime.signals import STOP_SIGNAL, hold_stop_signal, stop_was_asked
@@ -101,6 +101,15 @@ def write_asked_to_stop(job: Job, parallel: ParallelConfig, out: Path) -> str:
             signal.sigwait({STOP_SIGNAL})
         signal.pthread_sigmask(signal.SIG_UNBLOCK, {STOP_SIGNAL})
     raise AssertionError("it did not stop")
+
+
+def refusal(job: Job, parallel: ParallelConfig, teacher: Path, out: Path) -> str:
+    """Why a cache is not learnt from, as this rank says it."""
+    try:
+        distill_steps(job, parallel, teacher, out)
+    except ArtefactError as error:
+        return str(error)
+    raise AssertionError("it was learnt from")
 
 
 def distill_steps(

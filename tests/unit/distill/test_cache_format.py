@@ -140,8 +140,14 @@ def test_changed_bytes_are_found(folder: Path) -> None:
     shard.write_bytes(whole)
     cache = LogitCache(folder)
     cache.read(3)
-    with pytest.raises(ArtefactError, match=r"the record of sample 8 is damaged; remove it"):
+    told = r"000000-00000.shard: the record of sample 8 is damaged; remove it"
+    with pytest.raises(ArtefactError, match=told):
         cache.read(8)
+    with pytest.raises(ArtefactError, match=told):
+        cache.check_records(rank=0, world_size=1)
+    with pytest.raises(ArtefactError, match=told):
+        cache.check_records(rank=0, world_size=2)
+    cache.check_records(rank=1, world_size=2)  # has the other shard
 
 
 @pytest.mark.parametrize(
@@ -169,8 +175,9 @@ def test_no_cache_and_another_format(folder: Path, tmp_path: Path) -> None:
     values = json.loads((folder / INFO_FILE).read_text())
     for damaged in (json.dumps(values | {"format": 2}), json.dumps(values | {"extra": 0}), "{", "[]"):
         (folder / INFO_FILE).write_text(damaged)
-        with pytest.raises(ArtefactError, match=r"cache.json cannot be read"):
+        with pytest.raises(ArtefactError, match=rf"cache.json cannot be read .*; remove {folder} and run") as caught:
             LogitCache(folder)
+        assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize(
