@@ -45,6 +45,14 @@ READ = {
 MORE_ROWS = VOCAB_SIZE + 7
 
 
+def assert_same_numbers(found: list[dict[str, float]], expected: list[dict[str, float]]) -> None:
+    """What two trainings logged, but for the fp16 of a cache's probabilities."""
+    for key in ("loss", "grad_norm", "heldout_loss"):
+        numbers = [r[key] for r in found if key in r]
+        assert numbers
+        assert numbers == pytest.approx([r[key] for r in expected if key in r], rel=1e-3), key
+
+
 @pytest.fixture(scope="module")
 def job(tmp_path_factory: pytest.TempPathFactory, teacher: Path, student: Path) -> Job:
     return make_job(tmp_path_factory.mktemp("cached"), teacher, student)
@@ -190,10 +198,7 @@ def test_top_k_takes_the_online_steps(
     cached = with_settings(job, loss={"top_k_rest": rest})
     expected = pool.run(distill_steps, 1, online, layout(), job.teacher, tmp_path / "online")[0]
     found = pool.run(distill_steps, 1, cached, layout(), top_k_cache, tmp_path / "cached")[0]
-    for key in ("loss", "grad_norm", "heldout_loss"):
-        numbers = [r[key] for r in found if key in r]
-        assert numbers
-        assert numbers == pytest.approx([r[key] for r in expected if key in r], rel=1e-3), key
+    assert_same_numbers(found, expected)
 
 
 def test_top_k_equals_the_dense_formula(job: Job, top_k_cache: Path, teacher: Path) -> None:
@@ -288,10 +293,7 @@ def test_another_seed_reads_its_own_sequences(pool: WorkerPool, job: Job, top_k_
     online = with_settings(other, source=TeacherSource.online, loss={"top_k": 6})
     expected = pool.run(distill_steps, 1, online, layout(), job.teacher, tmp_path / "online")[0]
     found = pool.run(distill_steps, 1, other, layout(), folder, tmp_path / "cached")[0]
-    for key in ("loss", "grad_norm", "heldout_loss"):
-        numbers = [r[key] for r in found if key in r]
-        assert numbers
-        assert numbers == pytest.approx([r[key] for r in expected if key in r], rel=1e-3), key
+    assert_same_numbers(found, expected)
 
 
 def test_rows_that_only_fill_up_and_stages_without_loss(job: Job, top_k_cache: Path) -> None:

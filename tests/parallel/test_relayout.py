@@ -86,6 +86,15 @@ def dense_of_four_layers(teacher: Path, four_layers: Path) -> tuple[float, float
 FULL = {"recompute_granularity": RecomputeGranularity.full, "recompute_num_layers": 1}
 
 
+def assert_own_and_dense(found: list[list[workers.Outcome]], dense: tuple[float, float]) -> None:
+    """On every rank the teacher ran in its own layout, and loss and gradient norm are the dense formula's."""
+    loss, norm = dense
+    for outcome in (outcome for of_rank in found for outcome in of_rank):
+        assert outcome.own
+        assert outcome.loss == pytest.approx(loss, rel=1e-6)
+        assert outcome.grad_norm == pytest.approx(norm, rel=1e-5)
+
+
 @pytest.mark.parametrize(
     ("parallel", "owns"),
     [
@@ -105,13 +114,8 @@ def test_every_way_to_run_the_student_beside_a_teacher_in_its_own_layout(
     parallel: ParallelConfig,
     owns: list[Own],
 ) -> None:
-    loss, norm = dense_of_four_layers
     args = (teacher / "checkpoint", four_layers / "checkpoint", parallel, TOKENS_GT, owns)
-    for found in pool.run(workers.outcomes, 2, *args):
-        for outcome in found:
-            assert outcome.own
-            assert outcome.loss == pytest.approx(loss, rel=1e-6)
-            assert outcome.grad_norm == pytest.approx(norm, rel=1e-5)
+    assert_own_and_dense(pool.run(workers.outcomes, 2, *args), dense_of_four_layers)
 
 
 @pytest.mark.parametrize(
@@ -132,13 +136,8 @@ def test_experts_over_tensor_parallel_ranks_of_their_own_layout(
     parallel: ParallelConfig,
     owns: list[Own],
 ) -> None:
-    loss, norm = dense_of_experts
     args = (experts / "checkpoint", four_layers / "checkpoint", parallel, TOKENS_GT, owns)
-    for found in pool.run(workers.outcomes, parallel.num_ranks, *args):
-        assert all(outcome.own for outcome in found)
-        for outcome in found:
-            assert outcome.loss == pytest.approx(loss, rel=1e-6)
-            assert outcome.grad_norm == pytest.approx(norm, rel=1e-5)
+    assert_own_and_dense(pool.run(workers.outcomes, parallel.num_ranks, *args), dense_of_experts)
 
 
 def test_a_bf16_teacher_of_an_fp32_student(pool: WorkerPool, teacher: Path, student: Path) -> None:
