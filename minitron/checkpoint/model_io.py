@@ -16,6 +16,7 @@ from megatron.core.models.gpt.gpt_model import GPTModel
 from torch.distributed.checkpoint.api import CheckpointException
 
 from minitron.checkpoint.folder import WEIGHTS_DIR, weights_dir
+from minitron.checkpoint.format import EXTRA_STATE
 from minitron.checkpoint.store import CheckpointReader
 from minitron.errors import CheckpointError
 
@@ -33,13 +34,26 @@ def load_model(gpt: Iterable[GPTModel], folder: Path) -> None:
     Raises:
         CheckpointError: A parameter is missing from the checkpoint, or has another shape.
     """
-    state = load_sharded(_weights(gpt), weights_dir(folder))
+    fill(gpt, load_sharded(_weights(gpt), weights_dir(folder)), folder)
+
+
+def fill(gpt: Iterable[GPTModel], state: dict[str, Any], origin: Path) -> None:
+    """Copy what was loaded into the chunks; FP8 histories that it lacks start empty.
+
+    Args:
+        gpt: This rank's chunks.
+        state: Their state dicts by place.
+        origin: Where it was loaded from, for the message.
+
+    Raises:
+        CheckpointError: Anything else is missing, or too much.
+    """
     for name, chunk in by_place(gpt):
         missing, unexpected = chunk.load_state_dict(state[name], strict=False)
-        missing = [key for key in missing if not key.endswith("_extra_state")]
+        missing = [key for key in missing if not key.endswith(EXTRA_STATE)]
         if missing or unexpected:
             raise CheckpointError(
-                f"{folder} does not fit the model: missing {missing[:3]}, unexpected {unexpected[:3]}"
+                f"{origin} does not fit the model: missing {missing[:3]}, unexpected {unexpected[:3]}"
             )
 
 
@@ -56,6 +70,14 @@ def by_place(gpt: Iterable[GPTModel]) -> Iterator[tuple[str, GPTModel]]:
 def sharded_weights(gpt: Iterable[GPTModel]) -> ShardedStateDict:
     """The chunks' sharded state dicts by their place; in the checkpoint the keys are those of the whole model."""
     return {name: chunk.sharded_state_dict() for name, chunk in by_place(gpt)}
+
+
+def without_history(weights: ShardedStateDict) -> ShardedStateDict:
+    """The chunks' sharded state dicts without what Transformer Engine keeps beside the weights."""
+    return {
+        name: {key: value for key, value in state.items() if not key.endswith(EXTRA_STATE)}
+        for name, state in weights.items()
+    }
 
 
 def load_sharded(state: ShardedStateDict, path: Path) -> dict[str, Any]:
@@ -95,8 +117,6 @@ def _weights(gpt: Iterable[GPTModel]) -> ShardedStateDict:
     """Leave out FP8 histories, which mean nothing after slicing (and the CPU has none), and what is no weight of it."""
     training = f"{TRAINING_ONLY}."
     return {
-        name: {
-            key: value for key, value in state.items() if not (key.endswith("_extra_state") or key.startswith(training))
-        }
-        for name, state in sharded_weights(gpt).items()
+        name: {key: value for key, value in state.items() if not key.startswith(training)}
+        for name, state in without_history(sharded_weights(gpt)).items()
     }

@@ -68,6 +68,7 @@ class CheckpointReader:
 
     Attributes:
         tensors: Every tensor by key; FP8 history (``_extra_state``) is left out.
+        has_extra_state: Whether it holds anything of Transformer Engine's: not if it was written on a CPU.
 
     Raises:
         CheckpointError: The folder or a file is missing, cut short, or of another format.
@@ -75,11 +76,13 @@ class CheckpointReader:
 
     def __init__(self, path: Path) -> None:
         self.path = Path(path)
-        self._boxes = by_key(_stored_boxes(self.path))
+        metadata = _metadata(self.path)
+        self._boxes = by_key(_stored_boxes(metadata))
         self._check_files()
         self.tensors: Mapping[str, TensorInfo] = {
             key: TensorInfo(boxes[0].global_shape, boxes[0].dtype) for key, boxes in self._boxes.items()
         }
+        self.has_extra_state = any(EXTRA_STATE in key for key in metadata.state_dict_metadata)
 
     def read(
         self,
@@ -172,16 +175,20 @@ class CheckpointReader:
                 raise CheckpointError(f"{file} is cut short: {file.stat().st_size} of at least {end} bytes")
 
 
-def _stored_boxes(path: Path) -> list[StoredBox]:
-    """Every stored box of every tensor, from ``.metadata``."""
+def _metadata(path: Path) -> Metadata:
+    """What ``.metadata`` says."""
     if not path.is_dir():
         raise CheckpointError(f"no checkpoint folder {path}")
     if not (path / METADATA_FILE).is_file():
         raise CheckpointError(f"{path} has no {METADATA_FILE}: not a torch_dist checkpoint, or not a finished one")
     try:
-        metadata = FileSystemReader(path).read_metadata()
+        return FileSystemReader(path).read_metadata()
     except (pickle.UnpicklingError, EOFError, AttributeError, ImportError, IndexError) as error:
         raise CheckpointError(f"{path / METADATA_FILE} cannot be read: {error}") from error
+
+
+def _stored_boxes(metadata: Metadata) -> list[StoredBox]:
+    """Every stored box of every tensor."""
     boxes = []
     for key, tensor in metadata.state_dict_metadata.items():
         if not isinstance(tensor, TensorStorageMetadata) or EXTRA_STATE in key:

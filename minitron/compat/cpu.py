@@ -115,6 +115,24 @@ def _core_attention(_provider: object) -> type:
     return ContextParallelAttention
 
 
+def _many_tensors() -> tuple[tuple[str, str, Any], ...]:
+    """(module, name, Megatron's own) of the functions on lists of tensors that its optimizer calls."""
+    from megatron.core.utils import (
+        local_multi_tensor_applier,
+        local_multi_tensor_l2_norm,
+        local_multi_tensor_scale,
+    )
+
+    return (
+        ("optimizer", "multi_tensor_applier", local_multi_tensor_applier),
+        ("optimizer", "multi_tensor_scale_impl", local_multi_tensor_scale),
+        ("clip_grads", "multi_tensor_applier", local_multi_tensor_applier),
+        ("clip_grads", "l2_norm_impl", local_multi_tensor_l2_norm),
+        ("clip_grads", "multi_tensor_scale_impl", local_multi_tensor_scale),
+        ("clip_grads", "multi_tensor_scale_tensor_impl", None),
+    )
+
+
 def redirects() -> tuple[Redirect, ...]:
     """Everything the layer replaces (besides the tensor factories, see `CudaToCpu`)."""
     stream = NullStream()
@@ -122,6 +140,8 @@ def redirects() -> tuple[Redirect, ...]:
     local = "megatron.core.models.backends.LocalSpecProvider"
     block = "megatron.core.transformer.transformer_block"
     router = "megatron.core.transformer.moe.router.TopKRouter"
+    adam = "megatron.core.optimizer"
+    kernels = "of Transformer Engine or Apex where one is installed: CUDA only"
     return (
         Redirect("torch.cuda", "current_device", lambda: torch.device("cpu"), "device of buffers"),
         Redirect("torch.cuda", "synchronize", lambda *_a, **_k: None, "called around pipeline sends"),
@@ -139,6 +159,14 @@ def redirects() -> tuple[Redirect, ...]:
         Redirect(local, "core_attention", _core_attention, "the local attention refuses context parallelism"),
         Redirect(router, "_apply_expert_bias", lambda *_a, **_k: None, "compiled; no model of ours has that bias"),
         Redirect(block, "LayerNormImpl", _norm, "the final norm: the same, and may be Transformer Engine's"),
+        Redirect(adam, "USING_PYTORCH_OPTIMIZER", True, f"Adam {kernels}"),
+        Redirect(f"{adam}.distrib_optimizer", "HAVE_APEX_OR_TE", False, f"Adam {kernels}"),
+        Redirect(f"{adam}.distrib_optimizer", "USING_TE_OPTIMIZER", False, f"Adam {kernels}"),
+        Redirect(f"{adam}.distrib_optimizer", "USING_APEX_OPTIMIZER", False, f"Adam {kernels}"),
+        *(
+            Redirect(f"{adam}.{module}", name, replacement, f"products over many tensors {kernels}")
+            for module, name, replacement in _many_tensors()
+        ),
     )
 
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import datetime
+import os
 from collections.abc import Iterator, Mapping
 from typing import NoReturn
 
@@ -26,11 +27,14 @@ MOST_RANKS_PER_CORE = 8
 
 
 def resolve_device(device: Device) -> Device:
-    """Turn ``auto`` into what is there.
+    """Turn ``auto`` into what is there. For ``cpu`` GPUs are hidden from this process and those it starts.
 
     Raises:
         PlatformError: CUDA was asked for and is not available.
     """
+    if device is Device.cpu:
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""  # before anything asks CUDA; the CPU layer refuses where there is one
+        return device
     has_cuda = torch.cuda.is_available()
     if device is Device.cuda and not has_cuda:
         raise PlatformError(f"device=cuda, but torch {torch.__version__} sees no CUDA device; set device=cpu or auto")

@@ -9,7 +9,14 @@ from typing import Any
 
 import torch
 
-from minitron.checkpoint.model_io import by_place, load_sharded, save_sharded, sharded_weights
+from minitron.checkpoint.model_io import (
+    fill,
+    load_sharded,
+    save_sharded,
+    sharded_weights,
+    without_history,
+)
+from minitron.checkpoint.store import CheckpointReader
 from minitron.compat.optimizer_state import saved_in_place
 from minitron.errors import CheckpointError
 from minitron.train.optim import Trainable
@@ -58,9 +65,12 @@ def load_state(trainable: Trainable, folder: Path) -> int:
         return 0
     path = folder / _name(steps[-1])
     with _loadable_adam(trainable):
-        state = load_sharded(_state_dict(trainable, is_loading=True), path)
-        for name, chunk in by_place(trainable.gpt):
-            chunk.load_state_dict(state["model"][name])
+        asked = _state_dict(trainable, is_loading=True)
+        if not CheckpointReader(path).has_extra_state:
+            asked["model"] = without_history(asked["model"])
+        state = load_sharded(asked, path)
+        fill(trainable.gpt, state["model"], path)
+        _complete_groups(trainable, state["optimizer"])
         trainable.optimizer.load_state_dict(state["optimizer"])
     trainable.scheduler.num_steps = 0  # Megatron adds the loaded steps to those of the fresh schedule
     trainable.scheduler.load_state_dict(state["scheduler"])
@@ -98,6 +108,22 @@ def _loadable_adam(trainable: Trainable) -> Iterator[None]:
             for parameter in _parameters(adam):
                 step = float(adam.state[parameter]["step"])
                 adam.state[parameter]["step"] = torch.tensor(step, device=parameter.device)
+
+
+def _complete_groups(trainable: Trainable, state: dict[Any, Any]) -> None:
+    """Let one Adam load the state that another wrote: torch's on a CPU, Transformer Engine's or Apex's on a GPU.
+
+    The groups of parameters are stored with all settings, which differ by the class: those that the stored groups
+    lack are this optimizer's own. And torch counts steps as floats, which the others' kernels do not take.
+    """
+    own = trainable.optimizer.chained_optimizers[0].optimizer.param_groups[0]
+    settings = {key: value for key, value in own.items() if key not in ("params", "step")}
+    for part in [state] if "optimizer" in state else state.values():  # Megatron numbers them where there are several
+        for group in part["optimizer"]["param_groups"]:
+            for key, value in settings.items():
+                group.setdefault(key, value)
+            if "step" in group:
+                group["step"] = int(group["step"])
 
 
 def _parameters(adam: torch.optim.Optimizer) -> list[torch.Tensor]:

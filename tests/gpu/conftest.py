@@ -14,6 +14,7 @@ from minitron.config.run import Device
 from minitron.parallel.groups import Groups, model_parallel
 from minitron.runtime.device import process_group
 from minitron.runtime.env import DistEnv
+from tests.helpers.pool import WorkerPool
 
 
 def _lack() -> str | None:
@@ -43,6 +44,17 @@ def groups() -> Iterator[Groups]:
     env = DistEnv(rank=0, world_size=1, local_rank=0)
     with process_group(env, Device.cuda), model_parallel(ParallelConfig(), seed=1) as made:
         yield made
+
+
+@pytest.fixture(scope="session")
+def cpu_pool(groups: Groups) -> Iterator[WorkerPool]:
+    """A worker that sees no GPU. With the groups this process has found its own before they are hidden for a moment."""
+    workers = WorkerPool()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("CUDA_VISIBLE_DEVICES", "")
+        workers.run(os.getpid, 1)
+    yield workers
+    workers.close()
 
 
 @pytest.fixture(autouse=True)

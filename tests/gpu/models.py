@@ -57,24 +57,38 @@ def lack_of(recipe: Fp8Recipe) -> str | None:
 
 
 def build(
-    model: ModelConfig, precision: PrecisionConfig, groups: Groups, *, seed: int = 1, local_spec: bool = False
+    model: ModelConfig,
+    precision: PrecisionConfig,
+    groups: Groups,
+    *,
+    seed: int = 1,
+    local_spec: bool = False,
+    device: Device = Device.cuda,
 ) -> Chunks:
     """A model with random weights that the seed decides."""
     torch.manual_seed(seed)
-    gpt = build_gpt(model, ONE_RANK, precision, groups, device=Device.cuda, initialize=True, local_spec=local_spec)
+    gpt = build_gpt(model, ONE_RANK, precision, groups, device=device, initialize=True, local_spec=local_spec)
     with torch.no_grad():
-        generator = torch.Generator("cuda").manual_seed(seed)
+        generator = torch.Generator(device).manual_seed(seed)
         for parameter in gpt.parameters():
-            drawn = torch.randn(parameter.shape, generator=generator, device="cuda") * model.init_method_std
+            drawn = torch.randn(parameter.shape, generator=generator, device=device) * model.init_method_std
             parameter.copy_(drawn + (1.0 if parameter.dim() == 1 else 0.0))
     return gpt
 
 
-def batches(model: ModelConfig, number: int, *, size: int = 2, length: int = 128, seed: int = 0) -> Sequence[Batch]:
-    """Micro-batches of random tokens, on the GPU."""
+def batches(
+    model: ModelConfig,
+    number: int,
+    *,
+    size: int = 2,
+    length: int = 128,
+    seed: int = 0,
+    device: Device = Device.cuda,
+) -> Sequence[Batch]:
+    """Micro-batches of random tokens, on the GPU or where ``device`` says."""
     generator = torch.Generator().manual_seed(seed)
     ids = torch.randint(model.vocab_size, (number, size, length + 1), generator=generator)
-    return [batch_of(ids_BT).to(torch.device("cuda")) for ids_BT in ids]
+    return [batch_of(ids_BT).to(torch.device(device)) for ids_BT in ids]
 
 
 def trainable(gpt: Chunks, groups: Groups, *, num_steps: int, num_microbatches: int, length: int = 128) -> Trainable:
