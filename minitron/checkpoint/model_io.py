@@ -72,10 +72,10 @@ def sharded_weights(gpt: Iterable[GPTModel]) -> ShardedStateDict:
     return {name: chunk.sharded_state_dict() for name, chunk in by_place(gpt)}
 
 
-def without_history(weights: ShardedStateDict) -> ShardedStateDict:
-    """The chunks' sharded state dicts without what Transformer Engine keeps beside the weights."""
+def with_history(weights: ShardedStateDict, kept: frozenset[str] = frozenset()) -> ShardedStateDict:
+    """The chunks' sharded state dicts with no more of what layers keep beside their weights than ``kept``, by key."""
     return {
-        name: {key: value for key, value in state.items() if not key.endswith(EXTRA_STATE)}
+        name: {key: value for key, value in state.items() if not key.endswith(EXTRA_STATE) or value.key in kept}
         for name, state in weights.items()
     }
 
@@ -118,5 +118,5 @@ def _weights(gpt: Iterable[GPTModel]) -> ShardedStateDict:
     training = f"{TRAINING_ONLY}."
     return {
         name: {key: value for key, value in state.items() if not key.startswith(training)}
-        for name, state in without_history(sharded_weights(gpt)).items()
+        for name, state in with_history(sharded_weights(gpt)).items()
     }

@@ -68,7 +68,7 @@ class CheckpointReader:
 
     Attributes:
         tensors: Every tensor by key; FP8 history (``_extra_state``) is left out.
-        has_extra_state: Whether it holds anything of Transformer Engine's: not if it was written on a CPU.
+        extra_states: Keys of what layers keep beside their weights; a CPU's layers and a GPU's have different ones.
 
     Raises:
         CheckpointError: The folder or a file is missing, cut short, or of another format.
@@ -82,7 +82,8 @@ class CheckpointReader:
         self.tensors: Mapping[str, TensorInfo] = {
             key: TensorInfo(boxes[0].global_shape, boxes[0].dtype) for key, boxes in self._boxes.items()
         }
-        self.has_extra_state = any(EXTRA_STATE in key for key in metadata.state_dict_metadata)
+        objects = (key.partition("/shard_")[0] for key in metadata.state_dict_metadata)
+        self.extra_states = frozenset(key for key in objects if key.endswith(EXTRA_STATE))
 
     def read(
         self,

@@ -6,7 +6,7 @@ from enum import StrEnum
 
 from minitron.errors import ConfigError
 
-CUDA_CHUNK_BYTES = 256 * 2**20
+CUDA_CHUNK_BYTES = 2**30
 """Logits of one model that exist at a time on a GPU: a chunk of tokens."""
 CUDA_BLOCK_BYTES = 64 * 2**20
 """Part of a chunk that a loss works on at a time on a GPU, in fp32."""

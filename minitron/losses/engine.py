@@ -63,6 +63,7 @@ class Job[T: Target]:
         weight_T: token weights, in the dtype of the computation (fp32, or fp64).
         vocab: this rank's columns.
         chunk_tokens: tokens per matrix product.
+        takes_chunks: whether the divergence takes a chunk as it is: all its tokens, in the logits' own dtype.
         scratch: work memory of the blocks, which lives as long as the job.
     """
 
@@ -71,6 +72,7 @@ class Job[T: Target]:
     weight_T: Tensor
     vocab: VocabShard
     chunk_tokens: int
+    takes_chunks: bool = False
     scratch: Scratch = field(default_factory=Scratch)
 
 
@@ -180,6 +182,9 @@ def _block_loss[T: Target](
 
     ``grad_Tv`` may be the memory of ``student_Tv``.
     """
+    if job.takes_chunks:
+        loss_T = job.divergence(Block(student_Tv, target, grad_Tv, weight_T, job.vocab, job.scratch))
+        return (loss_T * weight_T).sum(dtype=torch.float64)
     dtype = job.weight_T.dtype
     block = _block_tokens(student_Tv, job.vocab, dtype)
     loss = weight_T.new_zeros((), dtype=torch.float64)
@@ -202,6 +207,9 @@ def _accumulate(grad_vH: Tensor, grad_logits_Cv: Tensor, hidden_CH: Tensor) -> N
     """Add ``grad_logits.T @ hidden`` to the weight's gradient, which may be in a wider dtype."""
     if grad_vH.dtype == hidden_CH.dtype:
         grad_vH.addmm_(grad_logits_Cv.t(), hidden_CH)
+        return
+    if grad_vH.is_cuda:  # cuBLAS adds to a wider sum by itself
+        torch.addmm(grad_vH, grad_logits_Cv.t(), hidden_CH, out_dtype=grad_vH.dtype, out=grad_vH)
         return
     for start in range(0, grad_vH.shape[0], 8192):  # by rows: the product in the narrow dtype stays small
         rows = slice(start, start + 8192)

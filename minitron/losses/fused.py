@@ -9,7 +9,7 @@ from minitron.errors import LayoutError
 from minitron.losses.checks import check_labels, check_linear, check_matrix, check_pair, check_sparse, token_weights
 from minitron.losses.dense import cross_entropy
 from minitron.losses.engine import Job, choose_chunk_tokens, linear_loss, logits_loss, workspace
-from minitron.losses.select import select
+from minitron.losses.select import kernel_of, select
 from minitron.losses.sparse import SparseKL, SparseTarget
 from minitron.losses.vocab import VocabShard
 
@@ -78,7 +78,8 @@ def linear_distillation(
         return torch.mm(hidden_CH, teacher_rows_vH.t(), out=teacher_Cv[: hidden_CH.shape[0]])
 
     weight_T = token_weights(token_weights_T, student_hidden_TH)
-    job = Job(select(loss, vocab), teacher_logits, weight_T, vocab, chunk_tokens)
+    kernel = kernel_of(loss, student_hidden_TH)
+    job = Job(kernel or select(loss, vocab), teacher_logits, weight_T, vocab, chunk_tokens, kernel is not None)
     return linear_loss(student_hidden_TH, student_weight_vH, job)
 
 
@@ -217,5 +218,7 @@ def logits_distillation(
     vocab = VocabShard.build(vocab_size, student_logits_Tv.shape[1], tp_group)
     teacher_logits_Tv = teacher_logits_Tv.detach()[:, : vocab.num_valid]
     weight_T = token_weights(token_weights_T, student_logits_Tv)
-    job = Job(select(loss, vocab), teacher_logits_Tv.__getitem__, weight_T, vocab, student_logits_Tv.shape[0])
+    kernel = kernel_of(loss, student_logits_Tv, teacher_logits_Tv)
+    num_tokens, target = student_logits_Tv.shape[0], teacher_logits_Tv.__getitem__
+    job = Job(kernel or select(loss, vocab), target, weight_T, vocab, num_tokens, kernel is not None)
     return logits_loss(student_logits_Tv, job, overwrite=overwrite_student)

@@ -39,6 +39,24 @@ class Tempered:
         return self.divergence(tempered) * self.temperature**2
 
 
+def kernel_of(loss: LogitLossConfig, *logits: Tensor) -> Divergence[Tensor] | None:
+    """Our own kernel for the configured divergence, which takes logits of any dtype and many tokens at once.
+
+    Args:
+        loss: which.
+        logits: student's and teacher's, or what they are made of: device, dtype and layout count.
+
+    Returns:
+        None where there is no kernel for it.
+    """
+    fits = all(tensor.is_cuda and tensor.dtype != torch.float64 and tensor.stride(-1) == 1 for tensor in logits)
+    if not fits or loss.kind is not LogitLossKind.forward_kl or loss.top_k:
+        return None
+    from minitron.losses.kernels import FusedForwardKL  # Triton, which torch brings where there is CUDA
+
+    return FusedForwardKL(loss.temperature)
+
+
 def select(loss: LogitLossConfig, vocab: VocabShard) -> Divergence[Tensor]:
     """The configured divergence of two rows of logits.
 

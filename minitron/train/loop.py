@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from minitron.config.train import TrainConfig
+from minitron.data.batch import Batch
 from minitron.data.loader import TrainBatches
 from minitron.errors import StoppedError
 from minitron.parallel.groups import Groups
@@ -18,7 +19,7 @@ from minitron.train.heldout import HeldoutLoss
 from minitron.train.objective import Objective
 from minitron.train.optim import Trainable
 from minitron.train.state import load_state, save_state
-from minitron.train.step import train_step
+from minitron.train.step import fill_fp8_history, train_step
 
 
 @dataclass(frozen=True)
@@ -74,6 +75,8 @@ def train(job: TrainJob) -> dict[str, float]:
     step = load_state(job.trainable, job.states)
     if step == 0 and job.earlier is not None:
         step = load_state(job.trainable, job.earlier)
+    if step == 0:
+        fill_fp8_history(job.trainable, job.objective, _microbatches(job, step), group_size=job.group_size)
     metrics = job.open_metrics(step + 1)
     clock, clock_step = time.monotonic(), step
     heldout = HeldoutLoss(float("nan"), 0)
@@ -84,7 +87,7 @@ def train(job: TrainJob) -> dict[str, float]:
         output = train_step(
             job.trainable,
             job.objective,
-            [batch.on_rank(job.groups, job.device) for batch in job.batches.microbatches(step)],
+            _microbatches(job, step),
             group_size=job.group_size,
             clip_grad=settings.clip_grad,
         )
@@ -117,6 +120,10 @@ def train(job: TrainJob) -> dict[str, float]:
     metrics.close()
     tokens = step * settings.tokens_per_step(job.seq_length)
     return {"steps": step, "tokens": tokens, "heldout_loss": heldout.loss, "heldout_tokens": heldout.num_tokens}
+
+
+def _microbatches(job: TrainJob, step: int) -> list[Batch]:
+    return [batch.on_rank(job.groups, job.device) for batch in job.batches.microbatches(step)]
 
 
 def _every(interval: int, step: int) -> bool:

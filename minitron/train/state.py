@@ -14,9 +14,10 @@ from minitron.checkpoint.model_io import (
     load_sharded,
     save_sharded,
     sharded_weights,
-    without_history,
+    with_history,
 )
 from minitron.checkpoint.store import CheckpointReader
+from minitron.compat import te
 from minitron.compat.optimizer_state import saved_in_place
 from minitron.errors import CheckpointError
 from minitron.train.optim import Trainable
@@ -66,10 +67,10 @@ def load_state(trainable: Trainable, folder: Path) -> int:
     path = folder / _name(steps[-1])
     with _loadable_adam(trainable):
         asked = _state_dict(trainable, is_loading=True)
-        if not CheckpointReader(path).has_extra_state:
-            asked["model"] = without_history(asked["model"])
+        asked["model"] = with_history(asked["model"], CheckpointReader(path).extra_states)
         state = load_sharded(asked, path)
-        fill(trainable.gpt, state["model"], path)
+        with te.trusted_history():
+            fill(trainable.gpt, state["model"], path)
         _complete_groups(trainable, state["optimizer"])
         trainable.optimizer.load_state_dict(state["optimizer"])
     trainable.scheduler.num_steps = 0  # Megatron adds the loaded steps to those of the fresh schedule

@@ -1,6 +1,7 @@
 """One optimizer step around Megatron's pipeline schedule."""
 
 import contextlib
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -10,6 +11,7 @@ import torch
 from megatron.core.pipeline_parallel.schedules import get_forward_backward_func
 from torch import Tensor
 
+from minitron.config.precision import Fp8Recipe
 from minitron.data.batch import Batch
 from minitron.models.gpt import FinalState, forward_to_final_state
 from minitron.train.objective import Objective
@@ -61,6 +63,28 @@ def train_step(
     grad_norm = trainable.guard.update(trainable.optimizer, step=step, clip_grad=clip_grad)
     trainable.scheduler.step(1)
     return StepOutput(terms, grad_norm)
+
+
+def fill_fp8_history(
+    trainable: Trainable, objective: Objective, microbatches: Sequence[Batch], *, group_size: int = 0
+) -> None:
+    """Show delayed scaling the sizes of its tensors before the first step; nothing is done for other precisions.
+
+    Without history Transformer Engine scales by 1, and gradients vanish in FP8: in the second product of a branch when
+    they come from the residual stream, and then in the first, which has seen none. So three micro-batches pass.
+
+    Args:
+        trainable: Model, optimizer and schedule; its weights stay as they are.
+        objective: Makes the signals and the loss.
+        microbatches: Those of the first step.
+        group_size: As in `train_step`.
+    """
+    config = trainable.config
+    if not config.fp8 or config.fp8_recipe != Fp8Recipe.delayed:
+        return
+    for _ in range(math.ceil(3 / len(microbatches))):
+        trainable.zero_grad()
+        accumulate_gradients(trainable, objective, microbatches, group_size=group_size)
 
 
 def accumulate_gradients(

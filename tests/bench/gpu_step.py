@@ -12,6 +12,7 @@ A second table compares the fused loss, output layers included, with `F.kl_div` 
 """
 
 import argparse
+import gc
 import statistics
 import sys
 from collections.abc import Callable
@@ -49,15 +50,15 @@ class Step:
 
     Attributes:
         seconds: Median time.
-        peak_bytes: Most memory allocated.
+        peak_bytes: Most memory allocated beyond what was there before.
     """
 
     seconds: float
     peak_bytes: int
 
 
-def seconds_and_peak(case: Callable[[], object], repeats: int) -> Step:
-    """Time by CUDA events, the first two calls left out."""
+def seconds_and_peak(case: Callable[[], object], repeats: int, *, held: int = 0) -> Step:
+    """Time by CUDA events, the first two calls left out; ``held`` bytes were there before."""
     for _ in range(2):
         case()
     torch.cuda.synchronize()
@@ -70,11 +71,19 @@ def seconds_and_peak(case: Callable[[], object], repeats: int) -> Step:
         end.record()
         end.synchronize()
         times.append(start.elapsed_time(end) / 1000)
-    return Step(statistics.median(times), torch.cuda.max_memory_allocated())
+    return Step(statistics.median(times), torch.cuda.max_memory_allocated() - held)
+
+
+def held_bytes() -> int:
+    """What is allocated when all that can be let go is: Megatron's models are in cycles."""
+    gc.collect()
+    torch.cuda.empty_cache()
+    return torch.cuda.memory_allocated()
 
 
 def one_step(args: argparse.Namespace, student: PrecisionConfig, teacher: PrecisionConfig, groups: Groups) -> Step:
     """Build both models and time a step."""
+    held = held_bytes()
     models = [replace(model, num_layers=args.layers) for model in (LLAMA_8B, LLAMA_4B_WIDTH)]
     taught, gpt = (
         build_gpt(model, ONE_RANK, precision, groups, device=Device.cuda, initialize=True)
@@ -86,7 +95,7 @@ def one_step(args: argparse.Namespace, student: PrecisionConfig, teacher: Precis
     trained = make_trainable(gpt, settings, ParallelConfig(), groups, seq_length=args.length)
     objective: Distillation = distillation(taught, LLAMA_8B.vocab_size, groups)
     work = batches(LLAMA_8B, args.microbatches, size=1, length=args.length)
-    return seconds_and_peak(lambda: train_step(trained, objective, work), args.repeats)
+    return seconds_and_peak(lambda: train_step(trained, objective, work), args.repeats, held=held)
 
 
 def precisions() -> dict[str, tuple[PrecisionConfig, PrecisionConfig]]:
@@ -131,13 +140,12 @@ def losses(args: argparse.Namespace) -> dict[str, Step]:
         return case
 
     inputs = (student_TH, student_VH, teacher_TH, teacher_VH)
-    held = sum(tensor.nbytes for tensor in inputs)
+    held = held_bytes()
     cases = {
         "plain": run(lambda: plain(*inputs)),
         "fused": run(lambda: linear_distillation(*inputs, loss=LogitLossConfig(), vocab_size=vocab)),
     }
-    steps = {name: seconds_and_peak(case, args.repeats) for name, case in cases.items()}
-    return {name: replace(step, peak_bytes=step.peak_bytes - held) for name, step in steps.items()}
+    return {name: seconds_and_peak(case, args.repeats, held=held) for name, case in cases.items()}
 
 
 def show(args: argparse.Namespace, steps: dict[str, Step], of_losses: dict[str, Step], console: Console) -> None:
@@ -184,7 +192,6 @@ def main() -> int:
         steps = {}
         for name, (student, teacher) in precisions().items():
             steps[name] = one_step(args, student, teacher, groups)
-            torch.cuda.empty_cache()
         show(args, steps, losses(args), console)
     return 0
 

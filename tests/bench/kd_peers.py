@@ -13,6 +13,10 @@ is a Triton kernel and does not run here. "Products alone" are the four matrix p
 
 Memory is as in `tests.bench.kd_loss`, over the inputs, in units of one logits tensor.
 
+On a GPU, at the widths of Llama-3.1-8B and the papers' 4B:
+``python -m tests.bench.kd_peers --device cuda --dtypes bfloat16 --sizes 4096x128256 --hidden 3072
+--teacher-hidden 4096``.
+
 The peers are not in requirements.lock: `make .peers` installs them beside the project, without their dependencies on
 torch.
 """
@@ -71,12 +75,29 @@ class Side:
     def run(self) -> list[Tensor]:
         """Forward and backward; the gradients."""
         self.loss().backward()
+        wait(self.leaves[0].device)
         grads = []
         for leaf in self.leaves:
             assert leaf.grad is not None
             grads.append(leaf.grad)
             leaf.grad = None
         return grads
+
+
+def wait(device: torch.device) -> None:
+    """Until a GPU has done what it was given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+def peak_of(side: Side) -> int:
+    """Most memory that a loss takes beyond what is there."""
+    if side.leaves[0].device.type == "cpu":
+        return peak_bytes(side.run)[0]
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    side.run()
+    return torch.cuda.max_memory_allocated() - before
 
 
 def load_peers(folder: Path) -> Peers | None:
@@ -101,12 +122,14 @@ def load_peers(folder: Path) -> Peers | None:
 
 
 def logits_given(
-    peers: Peers, num_tokens: int, vocab_size: int, dtype: torch.dtype, *, overwrite: bool
+    peers: Peers, num_tokens: int, vocab_size: int, dtype: torch.dtype, device: torch.device, *, overwrite: bool
 ) -> dict[str, Side]:
     generator = torch.Generator().manual_seed(0)
-    student_TV, teacher_TV = (torch.randn(num_tokens, vocab_size, generator=generator).to(dtype) for _ in range(2))
+    student_TV, teacher_TV = (
+        torch.randn(num_tokens, vocab_size, generator=generator).to(device, dtype) for _ in range(2)
+    )
     student_TV.requires_grad_()
-    labels_T = torch.zeros(num_tokens, dtype=torch.int64)
+    labels_T = torch.zeros(num_tokens, dtype=torch.int64, device=device)
     chunks = [chunk.detach()[None].requires_grad_() for chunk in student_TV.chunk(8)]
     teacher_chunks = [chunk[None] for chunk in teacher_TV.chunk(8)]
 
@@ -134,16 +157,16 @@ def logits_given(
 
 
 def with_output_layers(
-    peers: Peers, num_tokens: int, vocab_size: int, dtype: torch.dtype, widths: tuple[int, int]
+    peers: Peers, num_tokens: int, vocab_size: int, dtype: torch.dtype, device: torch.device, widths: tuple[int, int]
 ) -> dict[str, Side]:
     generator = torch.Generator().manual_seed(0)
 
     def normal(*shape: int, std: float = 1.0) -> Tensor:
-        return torch.randn(*shape, generator=generator).mul_(std).to(dtype)
+        return torch.randn(*shape, generator=generator).mul_(std).to(device, dtype)
 
     student_TH, teacher_TH = (normal(num_tokens, width) for width in widths)
     student_VH, teacher_VH = (normal(vocab_size, width, std=width**-0.5) for width in widths)
-    labels_T = torch.zeros(num_tokens, dtype=torch.int64)
+    labels_T = torch.zeros(num_tokens, dtype=torch.int64, device=device)
     leaves = [student_TH.requires_grad_(), student_VH.requires_grad_()]
     kinds = {
         name: peers.liger(weight_hard_loss=0.0, weight_soft_loss=1.0, beta=0.0, compiled=compiled)
@@ -164,9 +187,10 @@ def with_output_layers(
 def products(side: Side, num_tokens: int, vocab_size: int, widths: tuple[int, int]) -> Callable[[], None]:
     """The matrix products alone, each whole, into memory that is there."""
     student_TH, student_VH = (leaf.detach() for leaf in side.leaves)
-    dtype = student_TH.dtype
-    teacher_TH, teacher_HV = torch.randn(num_tokens, widths[1]).to(dtype), torch.randn(widths[1], vocab_size).to(dtype)
-    logits_TV = torch.empty(num_tokens, vocab_size, dtype=dtype)
+    teacher_TH, teacher_HV = (
+        torch.randn(shape).to(student_TH) for shape in ((num_tokens, widths[1]), (widths[1], vocab_size))
+    )
+    logits_TV = student_TH.new_empty(num_tokens, vocab_size)
     grad_TH, grad_VH = torch.empty_like(student_TH), torch.empty_like(student_VH)
 
     def run() -> None:
@@ -174,6 +198,7 @@ def products(side: Side, num_tokens: int, vocab_size: int, widths: tuple[int, in
         torch.mm(student_TH, student_VH.t(), out=logits_TV)
         torch.mm(logits_TV, student_VH, out=grad_TH)
         torch.mm(logits_TV.t(), student_TH, out=grad_VH)
+        wait(student_TH.device)
 
     return run
 
@@ -201,7 +226,7 @@ def report(title: str, sides: dict[str, Side], num_tokens: int, vocab_size: int,
         table.add_column(heading, justify="right")
     differences = compare_gradients(sides)
     workspace.release()  # the chunks of the comparison count again
-    peaks = {name: peak_bytes(side.run)[0] for name, side in sides.items()}
+    peaks = {name: peak_of(side) for name, side in sides.items()}
     cases: dict[str, Callable[[], Any]] = {name: side.run for name, side in sides.items()}
     if len(sides[OURS].leaves) == 2:
         cases[FLOOR] = products(sides[OURS], num_tokens, vocab_size, (args.hidden, args.teacher_hidden))
@@ -224,6 +249,8 @@ def main() -> None:
     parser.add_argument("--sizes", nargs="+", default=["1024x49152", "256x131072"], help="tokens x vocabulary")
     parser.add_argument("--hidden", type=int, default=576)
     parser.add_argument("--teacher-hidden", type=int, default=960)
+    parser.add_argument("--device", type=torch.device, default=torch.device("cpu"))
+    parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"])
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     args = parser.parse_args()
@@ -233,19 +260,20 @@ def main() -> None:
         return
     widths = (args.hidden, args.teacher_hidden)
     console = Console(width=120)
+    on = f"CPU, {args.threads} threads" if args.device.type == "cpu" else torch.cuda.get_device_name()
     console.print(
-        f"forward KL, forward + backward; hidden {widths[0]}, teacher's {widths[1]}; CPU, {args.threads} threads, "
+        f"forward KL, forward + backward; hidden {widths[0]}, teacher's {widths[1]}; {on}, "
         f"torch {torch.__version__}; medians (quartiles) of {args.repeats} pairs"
     )
     for size in args.sizes:
         num_tokens, vocab_size = (int(part) for part in size.split("x"))
-        for dtype in (torch.float32, torch.bfloat16):
+        for dtype in (getattr(torch, name) for name in args.dtypes):
             for overwrite in (False, True):
-                sides = logits_given(peers, num_tokens, vocab_size, dtype, overwrite=overwrite)
+                sides = logits_given(peers, num_tokens, vocab_size, dtype, args.device, overwrite=overwrite)
                 title = "logits given" + (", our gradient in their place" if overwrite else "")
                 console.print(report(title, sides, num_tokens, vocab_size, args))
                 del sides  # before the next ones are made
-            sides = with_output_layers(peers, num_tokens, vocab_size, dtype, widths)
+            sides = with_output_layers(peers, num_tokens, vocab_size, dtype, args.device, widths)
             console.print(report("output layers too", sides, num_tokens, vocab_size, args))
             del sides
 

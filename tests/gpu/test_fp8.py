@@ -14,7 +14,7 @@ from minitron.eval.logits import model_logits
 from minitron.parallel.groups import Groups
 from minitron.train.optim import Trainable
 from minitron.train.state import load_state, save_state
-from minitron.train.step import train_step
+from minitron.train.step import fill_fp8_history, train_step
 from tests.gpu.models import BF16, SMALL, SMALLER, batches, build, distillation, fp8, lack_of, trainable
 
 STEPS = 8
@@ -33,6 +33,7 @@ def _losses(precision: PrecisionConfig, groups: Groups) -> list[float]:
     """Loss of every step of a short distillation on the same micro-batches."""
     objective = distillation(build(SMALL, BF16, groups), SMALL.vocab_size, groups)
     student, work = _student(precision, groups), batches(SMALL, 2)
+    fill_fp8_history(student, objective, work)
     return [float(train_step(student, objective, work).terms["loss"]) for _ in range(STEPS)]
 
 
@@ -43,36 +44,37 @@ def test_our_table_of_needs_is_transformer_engines(groups: Groups, recipe: Fp8Re
 
 @pytest.mark.parametrize("recipe", list(Fp8Recipe))
 def test_a_few_steps_follow_bf16(groups: Groups, recipe: Fp8Recipe) -> None:
-    """Each loss within 3 % of bf16's; the first step of ``delayed`` has no history yet, and is given 10 %."""
+    """Each loss within 3 % of bf16's."""
     _needs(recipe)
     exact, have = _losses(BF16, groups), _losses(fp8(recipe), groups)
     assert have != exact, "nothing ran in FP8"
-    first = 0.10 if recipe is Fp8Recipe.delayed else 0.03
-    assert have[0] == pytest.approx(exact[0], rel=first)
-    assert have[1:] == pytest.approx(exact[1:], rel=0.03)
+    assert have == pytest.approx(exact, rel=0.03)
     assert have[-1] < have[0]
 
 
 @pytest.mark.parametrize("recipe", [recipe for recipe in Fp8Recipe if recipe is not Fp8Recipe.delayed])
 def test_a_teacher_in_fp8_says_nearly_the_same(groups: Groups, recipe: Fp8Recipe) -> None:
-    """KL(bf16 || FP8) of its distributions is under a hundredth of their distance from uniform."""
+    """Its logits are within what rounding to FP8 makes of them, relative to their length.
+
+    A value of 3 bits after the first is off by up to 1/16, evenly: 2.6 % at the middle of an octave, for both factors
+    of a product 3.7 %; four layers of two branches add up eight such, as if by chance: 10 %.
+    """
     _needs(recipe)
     [batch] = batches(SMALL, 1)
-    logs = []
-    for precision in (BF16, BF16.for_teacher(None, recipe)):
-        gpt = build(SMALL, precision, groups).eval()
-        logits_BSV = model_logits(gpt, batch.tokens_BS, groups, vocab_size=SMALL.vocab_size)
-        logs.append(20 * logits_BSV.double())  # random weights give flat distributions: sharpened, they differ
-    log_p, log_q = (log.log_softmax(-1) for log in logs)
-    uniform = torch.full_like(log_p, 1 / SMALL.vocab_size).log()
-    kl, scale = ((log_p.exp() * (log_p - other)).sum(-1).mean() for other in (log_q, uniform))
-    assert 0 < float(kl) < 0.01 * float(scale)
+    plain, rounded = (
+        model_logits(
+            build(SMALL, precision, groups).eval(), batch.tokens_BS, groups, vocab_size=SMALL.vocab_size
+        ).double()
+        for precision in (BF16, BF16.for_teacher(None, recipe))
+    )
+    assert 0 < float((rounded - plain).norm() / plain.norm()) < 0.10
 
 
 def test_history_is_kept_to_resume_and_left_out_of_weights(groups: Groups, tmp_path: Path) -> None:
     _needs(Fp8Recipe.delayed)
     objective = distillation(build(SMALL, BF16, groups), SMALL.vocab_size, groups)
     student, work = _student(fp8(Fp8Recipe.delayed), groups), batches(SMALL, 2)
+    fill_fp8_history(student, objective, work)
     for _ in range(3):
         train_step(student, objective, work)
     save_state(student, tmp_path / "states", step=3)

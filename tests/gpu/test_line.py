@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from minitron.runtime.tracking import read_metrics
 from tests.helpers.line import LINE
 
 pytestmark = pytest.mark.timeout(600)
@@ -41,15 +42,14 @@ def _loss(run: Path, stage: str) -> float:
     return float(json.loads((run / stage / "eval.json").read_text())["loss"])
 
 
-@pytest.mark.parametrize("name", ["bf16", "fp8"])
-def test_losses_are_the_cpus(runs: dict[str, Path], name: str) -> None:
-    """Teacher and pruned model within 0.5 % (evaluation is bf16 in both), the trained ones within 2 %."""
+@pytest.mark.parametrize(("name", "of_kl"), [("bf16", 0.02), ("fp8", 0.10)])
+def test_losses_are_the_cpus(runs: dict[str, Path], name: str, of_kl: float) -> None:
+    """Held-out losses within 0.5 % (evaluation is bf16 in both), the divergence of every step within ``of_kl``."""
     assert {folder.parent.name for folder in runs[name].glob("*/meta.json")} == set(LINE)
-    for stage, tolerance in {
-        "eval_teacher": 5e-3, "eval_pruned": 5e-3, "eval_distilled": 2e-2, "eval_baseline": 2e-2,
-    }.items():  # fmt: skip
-        assert _loss(runs[name], stage) == pytest.approx(_loss(runs["cpu"], stage), rel=tolerance), stage
-    assert _loss(runs[name], "eval_distilled") < _loss(runs[name], "eval_pruned")
+    for stage in ("eval_teacher", "eval_pruned", "eval_distilled", "eval_baseline"):
+        assert _loss(runs[name], stage) == pytest.approx(_loss(runs["cpu"], stage), rel=5e-3), stage
+    have, wanted = ([step["loss"] for step in read_metrics(runs[run] / "distill")] for run in (name, "cpu"))
+    assert have == pytest.approx(wanted, rel=of_kl)
 
 
 def test_a_cpu_finds_everything_done_that_a_gpu_did(runs: dict[str, Path]) -> None:

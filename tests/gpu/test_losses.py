@@ -24,7 +24,10 @@ def _inputs(dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor, torch.Tenso
     ("dtype", "value", "gradient"), [(torch.float32, 1e-6, 1e-5), (torch.bfloat16, 2e-3, 2e-2)], ids=["fp32", "bf16"]
 )
 @pytest.mark.parametrize("chunk_tokens", [None, 128])
-def test_forward_kl(dtype: torch.dtype, value: float, gradient: float, chunk_tokens: int | None) -> None:
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+def test_forward_kl(
+    dtype: torch.dtype, value: float, gradient: float, chunk_tokens: int | None, temperature: float
+) -> None:
     inputs = _inputs(dtype)
     weights_T = torch.rand(TOKENS, device="cuda", generator=torch.Generator("cuda").manual_seed(0))
     student, rows, teacher, teacher_rows = inputs
@@ -32,14 +35,16 @@ def test_forward_kl(dtype: torch.dtype, value: float, gradient: float, chunk_tok
         leaf.requires_grad_()
     loss = linear_distillation(
         student, rows, teacher, teacher_rows,
-        loss=LogitLossConfig(), vocab_size=VOCAB, token_weights_T=weights_T, chunk_tokens=chunk_tokens,
+        loss=LogitLossConfig(temperature=temperature), vocab_size=VOCAB,
+        token_weights_T=weights_T, chunk_tokens=chunk_tokens,
     )  # fmt: skip
     loss.backward()
     dense = [leaf.detach().double() for leaf in inputs]
     for leaf in dense[:2]:
         leaf.requires_grad_()
-    log_q, log_p = ((h @ w[:VOCAB].T).log_softmax(-1) for h, w in ((dense[0], dense[1]), (dense[2], dense[3])))
+    log_q, log_p = ((h @ w[:VOCAB].T / temperature).log_softmax(-1) for h, w in (dense[:2], dense[2:]))
     wanted = (F.kl_div(log_q, log_p, log_target=True, reduction="none").sum(-1) * weights_T.double()).sum()
+    wanted = wanted * temperature**2
     wanted.backward()
     torch.testing.assert_close(loss.double(), wanted, rtol=value, atol=0)
     for have, want in ((student, dense[0]), (rows, dense[1])):
