@@ -1,5 +1,7 @@
 """What the launcher's environment variables say, and layouts they do not fit."""
 
+import os
+
 import pytest
 import torch
 
@@ -146,10 +148,12 @@ def test_num_ranks_must_be_the_product() -> None:
         )
 
 
-def test_cpu_device() -> None:
-    assert resolve_device(Device.cpu) is Device.cpu
+def test_cpu_device(monkeypatch: pytest.MonkeyPatch) -> None:
     expected = Device.cuda if torch.cuda.is_available() else Device.cpu
     assert resolve_device(Device.auto) is expected
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
+    assert resolve_device(Device.cpu) is Device.cpu
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == "", "this process and its children still see the GPU"
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
