@@ -28,7 +28,15 @@ from minitron.distill.vocabulary import common_vocab_size, vocabulary_of
 from minitron.errors import ConfigError, ModelError, StoppedError
 from minitron.pipeline import OutsideHashes, Planned, outside_hashes, plan_stages
 from minitron.prune.given import target_of
-from minitron.runtime.artefact import OUTSIDE_FILE, RESOLVED_FILE, RunFolder, storage_error, write_json, write_whole
+from minitron.runtime.artefact import (
+    OUTSIDE_FILE,
+    RESOLVED_FILE,
+    WANTED_FILE,
+    RunFolder,
+    storage_error,
+    write_json,
+    write_whole,
+)
 from minitron.runtime.device import (
     check_cluster_precision,
     check_devices,
@@ -73,7 +81,7 @@ def run_job(verb: str, config: RunConfig, env: DistEnv | None) -> int:
         return run_search(config, run, env, console, teacher=teacher_model(config), write_resolved=_write_resolved)
     if env is not None:  # torchrun or srun started us: this process is one rank, and rank 0 plans
         if env.rank == 0:
-            _write_resolved(run, config)
+            _write_resolved(run, config, wanted)
         run_rank(config, wanted, env)
         if env.rank == 0:
             _show_end(run, wanted, config, console)
@@ -85,7 +93,7 @@ def run_job(verb: str, config: RunConfig, env: DistEnv | None) -> int:
     elif config.launch.kind is LaunchKind.slurm:
         if not config.launch.dry_run:
             refuse_while_running(run)
-            _write_resolved(run, config)
+            _write_resolved(run, config, wanted)
         submit_run(planned, config, run, outside)
         return 0
     else:
@@ -146,7 +154,7 @@ def _launch(config: RunConfig, run: RunFolder, wanted: list[str], outside: Outsi
     alone = runs_alone(config, wanted)
     nodes, ranks_per_node = (1, 1) if alone else nodes_of(config.launch, config.cluster, config.parallel)
     check_devices(ranks_per_node, config)
-    resolved = _write_resolved(run, config)
+    resolved = _write_resolved(run, config, [name for name in wanted if name != PREFLIGHT])
     given = run.path / OUTSIDE_FILE
     write_json(given, outside)
     arguments = [str(resolved), ",".join(wanted), str(given)]
@@ -312,8 +320,8 @@ def teacher_model(config: RunConfig) -> ModelConfig | None:
     return read_model_config(Path(given))
 
 
-def _write_resolved(run: RunFolder, config: RunConfig) -> Path:
-    """Write what every rank will load, with the versions and the commit at its head."""
+def _write_resolved(run: RunFolder, config: RunConfig, wanted: list[str] | None = None) -> Path:
+    """Write what every rank will load, with the versions and the commit at its head, and what stages are wanted."""
     path = run.path / RESOLVED_FILE
     head = "".join(f"# {key}: {value}\n" for key, value in environment().items())
     # Every host of several writes it: without what is one host's own, they write the same.
@@ -321,6 +329,8 @@ def _write_resolved(run: RunFolder, config: RunConfig) -> Path:
     try:
         run.path.mkdir(parents=True, exist_ok=True)
         write_whole(path, head + to_yaml(config))
+        if wanted:
+            write_json(run.path / WANTED_FILE, wanted)
     except OSError as error:
         raise storage_error(error, path) from error
     assert load_resolved(path) == config, "a configuration must survive its own YAML"

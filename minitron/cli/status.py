@@ -15,7 +15,7 @@ from minitron.config.run import RunConfig
 from minitron.config.trainings import TRAININGS, in_step, settings_of
 from minitron.errors import ArtefactError, PlatformError
 from minitron.log import complain
-from minitron.runtime.artefact import META_FILE, PARTIAL_DIR, RESOLVED_FILE
+from minitron.runtime.artefact import META_FILE, PARTIAL_DIR, RESOLVED_FILE, read_wanted
 from minitron.runtime.slurm import JobState, ended_states, job_states, read_jobs
 from minitron.runtime.tracking import read_metrics
 
@@ -70,7 +70,7 @@ def show_status(run: Path) -> None:
 
 
 def status_of(run: Path) -> list[StageStatus]:
-    """The stages of a run: those of its jobs in their order, then others by when they were finished.
+    """The stages of a run: those of its jobs in their order, others by when they were finished, what is still to come.
 
     Raises:
         ArtefactError: There is no such run.
@@ -85,7 +85,7 @@ def status_of(run: Path) -> list[StageStatus]:
     begun = [path.parent.relative_to(run / PARTIAL_DIR).as_posix() for path in (run / PARTIAL_DIR).rglob("digest")]
     finished = sorted(metas, key=lambda stage: str(metas[stage].get("finished", "")))
     rows = []
-    for stage in dict.fromkeys([*jobs, *finished, *begun]):
+    for stage in dict.fromkeys([*jobs, *finished, *begun, *read_wanted(run)]):
         job = jobs.get(stage)
         rows.append(_status(run, stage, config, metas.get(stage), job, None if job is None else states.get(job)))
     return rows

@@ -29,6 +29,9 @@ RESOLVED_FILE = "resolved.yaml"
 OUTSIDE_FILE = "outside.json"
 """Hashes of what the stages read outside the run's folder, made once by the process that starts the ranks."""
 
+WANTED_FILE = "wanted.json"
+"""Names of the stages that the last command asked for, in the run's folder: status shows those not begun, too."""
+
 META_FILE = "meta.json"
 
 PARTIAL_DIR = ".partial"
@@ -223,6 +226,13 @@ class RunFolder:
         place.parent.mkdir(exist_ok=True)
         shutil.rmtree(place, ignore_errors=True)  # the same digest: the same result
         folder.rename(place)
+
+
+def read_wanted(run: Path) -> list[str]:
+    """The stages that the last command asked for, in the order of the line; none where it has not said."""
+    file = run / WANTED_FILE
+    names: list[str] = json.loads(file.read_text(encoding="utf-8")) if file.exists() else []
+    return names
 
 
 def write_json(path: Path, content: Any) -> None:

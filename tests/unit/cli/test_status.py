@@ -71,6 +71,17 @@ def test_without_slurm(run: Path) -> None:
     ]
 
 
+def test_stages_that_nobody_has_begun(run: Path) -> None:
+    (run / "wanted.json").write_text(json.dumps(["import", "prune", "distill", "export", "report"]))
+    assert [(row.stage, row.state) for row in status_of(run)] == [
+        ("import", "done"),
+        ("prune", "done"),
+        ("distill", "begun"),
+        ("export", "waiting"),
+        ("report", "waiting"),
+    ]
+
+
 def test_slurm_that_does_not_answer(run: Path, jobs: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (jobs / "squeue").write_text("#!/bin/sh\necho 'squeue: error: slurm_load_jobs: Unable to contact' >&2; exit 1\n")
     assert {row.stage: row.state for row in status_of(run)}["distill"] == "begun"
