@@ -4,10 +4,7 @@ Megatron-Core imports it by itself when it is installed. What is asked here is w
 the GPU at hand.
 """
 
-import contextlib
 import functools
-import os
-from collections.abc import Iterator
 
 from minitron.config.precision import Fp8Recipe
 from minitron.errors import PlatformError
@@ -37,23 +34,6 @@ def require_transformer_engine() -> None:
     """
     if reason := import_error():
         raise PlatformError(f"device=cuda needs Transformer Engine, which does not load ({reason}): {_FROM}")
-
-
-@contextlib.contextmanager
-def trusted_history() -> Iterator[None]:
-    """Inside, Transformer Engine loads the history of delayed scaling, which it pickles and otherwise refuses.
-
-    For the states of a training that this program wrote, whose other parts torch pickles as well.
-    """
-    key = "NVTE_ALLOW_UNSAFE_PICKLE_EXTRA_STATE"
-    before = os.environ.get(key)
-    os.environ[key] = "1"
-    try:
-        yield
-    finally:
-        os.environ.pop(key)
-        if before is not None:
-            os.environ[key] = before
 
 
 def unsupported(recipe: Fp8Recipe) -> str | None:

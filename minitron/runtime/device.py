@@ -2,7 +2,6 @@
 
 import contextlib
 import datetime
-import os
 from collections.abc import Iterator, Mapping
 from typing import NoReturn
 
@@ -16,7 +15,7 @@ from minitron.config.parallel import ParallelConfig
 from minitron.config.precision import Fp8Recipe
 from minitron.config.run import Device, RunConfig
 from minitron.errors import LayoutError, PlatformError
-from minitron.runtime.env import DistEnv, num_cores
+from minitron.runtime.env import DistEnv, hide_gpus, num_cores
 
 COLLECTIVE_TIMEOUT = datetime.timedelta(hours=2)
 """Longer than any stage that one rank does alone while the others wait (tokenizing, export)."""
@@ -33,7 +32,7 @@ def resolve_device(device: Device) -> Device:
         PlatformError: CUDA was asked for and is not available.
     """
     if device is Device.cpu:
-        os.environ["CUDA_VISIBLE_DEVICES"] = ""  # before anything asks CUDA; the CPU layer refuses where there is one
+        hide_gpus()  # the CPU layer refuses where there is one
         return device
     has_cuda = torch.cuda.is_available()
     if device is Device.cuda and not has_cuda:

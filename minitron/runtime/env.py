@@ -1,8 +1,9 @@
 """Every environment variable that minitron reads or sets, with its reason. No other file touches os.environ."""
 
+import contextlib
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -195,6 +196,28 @@ def set_rank_environment(num_ranks: int, *, num_hosts: int = 1) -> None:
         defaults["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
     for name, value in defaults.items():
         os.environ.setdefault(name, value)
+
+
+def hide_gpus() -> None:
+    """Let this process and those it starts see no GPU; before anything asks CUDA."""
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
+
+@contextlib.contextmanager
+def trusted_history() -> Iterator[None]:
+    """Inside, Transformer Engine loads the history of delayed scaling, which it pickles and otherwise refuses.
+
+    For the states of a training that this program wrote, whose other parts torch pickles as well.
+    """
+    key = "NVTE_ALLOW_UNSAFE_PICKLE_EXTRA_STATE"
+    before = os.environ.get(key)
+    os.environ[key] = "1"
+    try:
+        yield
+    finally:
+        os.environ.pop(key)
+        if before is not None:
+            os.environ[key] = before
 
 
 def place_environment(place: int, num_places: int, num_ranks: int, *, uses_cuda: bool) -> dict[str, str]:

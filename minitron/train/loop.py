@@ -1,12 +1,11 @@
 """The training loop: step, metrics, validation, checkpoint, until the tokens are used up."""
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from minitron.config.train import TrainConfig
 from minitron.data.batch import Batch
@@ -19,7 +18,7 @@ from minitron.train.heldout import HeldoutLoss
 from minitron.train.objective import Objective
 from minitron.train.optim import Trainable
 from minitron.train.state import load_state, save_state
-from minitron.train.step import fill_fp8_history, train_step
+from minitron.train.step import fill_fp8_history, mean_terms, train_step
 
 
 @dataclass(frozen=True)
@@ -128,27 +127,3 @@ def _microbatches(job: TrainJob, step: int) -> list[Batch]:
 
 def _every(interval: int, step: int) -> bool:
     return interval > 0 and step % interval == 0
-
-
-def mean_terms(terms: Mapping[str, Tensor], groups: Groups) -> dict[str, float]:
-    """A step's loss and its parts, over all ranks and known on every rank.
-
-    Args:
-        terms: This rank's (see `StepOutput`): averaged over data-parallel ranks, summed over stages; the shares of
-            context-parallel ranks add up.
-        groups: This rank's process groups.
-    """
-    names = sorted(terms)
-    mine: dict[str, float] = {}
-    if names:
-        values = torch.stack([terms[name].double() for name in names])
-        torch.distributed.all_reduce(values, group=groups.dp_cp)
-        values /= groups.dp.size()
-        mine = dict(zip(names, values.tolist(), strict=True))
-    stages: list[dict[str, float]] = [{}] * groups.pp.size()
-    torch.distributed.all_gather_object(stages, mine, group=groups.pp)
-    summed: dict[str, float] = {}
-    for stage in stages:
-        for name, value in stage.items():
-            summed[name] = summed.get(name, 0.0) + value
-    return summed

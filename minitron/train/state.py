@@ -17,9 +17,9 @@ from minitron.checkpoint.model_io import (
     with_history,
 )
 from minitron.checkpoint.store import CheckpointReader
-from minitron.compat import te
 from minitron.compat.optimizer_state import saved_in_place
 from minitron.errors import CheckpointError
+from minitron.runtime.env import trusted_history
 from minitron.train.optim import Trainable
 
 _OPTIMIZER_FORMAT = {"distrib_optim_sharding_type": "fully_reshardable"}
@@ -69,7 +69,7 @@ def load_state(trainable: Trainable, folder: Path) -> int:
         asked = _state_dict(trainable, is_loading=True)
         asked["model"] = with_history(asked["model"], CheckpointReader(path).extra_states)
         state = load_sharded(asked, path)
-        with te.trusted_history():
+        with trusted_history():
             fill(trainable.gpt, state["model"], path)
         _complete_groups(trainable, state["optimizer"])
         trainable.optimizer.load_state_dict(state["optimizer"])

@@ -2,7 +2,7 @@
 
 import contextlib
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -14,6 +14,7 @@ from torch import Tensor
 from minitron.config.precision import Fp8Recipe
 from minitron.data.batch import Batch
 from minitron.models.gpt import FinalState, forward_to_final_state
+from minitron.parallel.groups import Groups
 from minitron.train.objective import Objective
 from minitron.train.optim import Trainable
 
@@ -150,3 +151,27 @@ def _forward_step(
         return loss.total * share, {"loss": loss.total.detach().clone(), **loss.terms}
 
     return output, loss_of
+
+
+def mean_terms(terms: Mapping[str, Tensor], groups: Groups) -> dict[str, float]:
+    """A step's loss and its parts, over all ranks and known on every rank.
+
+    Args:
+        terms: This rank's (see `StepOutput`): averaged over data-parallel ranks, summed over stages; the shares of
+            context-parallel ranks add up.
+        groups: This rank's process groups.
+    """
+    names = sorted(terms)
+    mine: dict[str, float] = {}
+    if names:
+        values = torch.stack([terms[name].double() for name in names])
+        torch.distributed.all_reduce(values, group=groups.dp_cp)
+        values /= groups.dp.size()
+        mine = dict(zip(names, values.tolist(), strict=True))
+    stages: list[dict[str, float]] = [{}] * groups.pp.size()
+    torch.distributed.all_gather_object(stages, mine, group=groups.pp)
+    summed: dict[str, float] = {}
+    for stage in stages:
+        for name, value in stage.items():
+            summed[name] = summed.get(name, 0.0) + value
+    return summed

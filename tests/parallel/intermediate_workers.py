@@ -18,10 +18,9 @@ from minitron.distill.objective import Distillation
 from minitron.distill.teacher import OnlineTeacher, Signal, Teacher, freeze
 from minitron.models.gpt import FinalState
 from minitron.parallel.groups import Groups
-from minitron.train.loop import mean_terms
 from minitron.train.optim import Trainable, make_trainable
 from minitron.train.state import load_state, save_state
-from minitron.train.step import accumulate_gradients, train_step
+from minitron.train.step import accumulate_gradients, mean_terms, train_step
 from tests.parallel import workers
 from tests.parallel.workers import Work, microbatches
 

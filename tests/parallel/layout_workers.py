@@ -10,9 +10,8 @@ from unittest import mock
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 
 from minitron.train import optim
-from minitron.train.loop import mean_terms
 from minitron.train.optim import Trainable
-from minitron.train.step import train_step
+from minitron.train.step import mean_terms, train_step
 from tests.parallel.workers import Step, Work, distill, distillation, in_layout, microbatches
 
 

@@ -25,11 +25,10 @@ from minitron.eval.logits import model_logits
 from minitron.models.gpt import Chunks, build_gpt
 from minitron.parallel.groups import Groups, model_parallel
 from minitron.train.heldout import HeldoutLoss, heldout_loss
-from minitron.train.loop import mean_terms
 from minitron.train.objective import CrossEntropy, Objective
 from minitron.train.optim import Trainable, make_trainable
 from minitron.train.state import load_state, save_state
-from minitron.train.step import accumulate_gradients, train_step
+from minitron.train.step import accumulate_gradients, mean_terms, train_step
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,7 +7,7 @@ from typing import Any, cast
 import pytest
 
 from minitron.checkpoint.model_io import with_history
-from minitron.compat.te import trusted_history
+from minitron.runtime.env import trusted_history
 from minitron.train.optim import Trainable
 from minitron.train.state import _complete_groups
 
