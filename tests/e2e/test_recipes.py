@@ -9,6 +9,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from minitron.config.trainings import ABLATION
+from minitron.runtime.tracking import read_metrics
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 
@@ -54,7 +55,8 @@ def test_given_teacher_is_evaluated_on_the_runs_text(tmp_path: Path) -> None:
 def test_chain_with_a_corrected_teacher(tmp_path: Path) -> None:
     first = "{name: first, prune: {ffn_hidden_size: 112}, num_tokens: 0}"  # only pruned, and pruned again
     small = "{name: small, prune: {num_layers: 2, hidden_size: 48}, num_tokens: 768}"
-    chain = f"chain=[{first}, {{name: mid, prune: {{num_layers: 3, hidden_size: 56}}}}, {small}]"
+    last = "{name: last, prune: {num_layers: 2}, num_tokens: 768, source: original, teacher: previous}"
+    chain = f"chain=[{first}, {{name: mid, prune: {{num_layers: 3, hidden_size: 56}}}}, {small}, {last}]"
     _run(
         tmp_path,
         "compress",
@@ -81,5 +83,11 @@ def test_chain_with_a_corrected_teacher(tmp_path: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(run / "steps" / "small" / "export" / "hf")
     assert (model.config.num_hidden_layers, model.config.hidden_size) == (2, 48)
     assert torch.isfinite(model(torch.arange(8)[None]).logits).all()
+    inputs = json.loads((run / "steps" / "last" / "distill" / "meta.json").read_text())["inputs"]
+    assert set(inputs) == {"steps/small/distill", "steps/last/prune", "data"}
+    spec = json.loads((run / "steps" / "last" / "prune" / "prune_spec.json").read_text())
+    assert [spec["source"][size] for size in sizes] == [4, 64, 128]
+    logged = read_metrics(run / "steps" / "last" / "distill")
+    assert [metrics["step"] for metrics in logged] == [1, 2, 3]
     report = json.loads((run / "steps" / "mid" / "report" / "report.json").read_text())
     assert [row["role"] for row in report["models"]] == ["teacher", "corrected", "pruned", "distilled"]
