@@ -60,4 +60,4 @@ def test_the_host_waits_on_logging_steps_only(pool: WorkerPool, tmp_path: Path, 
         for step in (1, 2, 4, 5):
             assert places.get(step, set()) <= CPU_ONLY, f"step {step}"
         for step in (3, 6):
-            assert {"guard.py:check", "loop.py:mean_terms"} <= places[step]
+            assert {"guard.py:check", "step.py:mean_terms"} <= places[step]
