@@ -1,10 +1,7 @@
 """The Triton kernels: their values in Triton's interpreter, against the dense formula in fp64; that they compile."""
 
 import os
-import subprocess
-import sys
-from pathlib import Path
-from typing import Any
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -12,60 +9,50 @@ import torch.nn.functional as F
 
 from minitron.config.logit_loss import LogitLossConfig, LogitLossKind
 from minitron.losses.select import kernel_of
+from tests.helpers.pool import WorkerPool
+from tests.unit.losses import kernel_workers
 
-REPOSITORY = Path(__file__).resolve().parents[3]
 SIZES = {"less than a block": 37, "a block": 4096, "more than two": 9001}
-"""Columns; a program works on 4096 at a time."""
+"""Columns; a program works on 4096 at a time. The odd ones leave padding on the last of two ranks."""
 KINDS = [(torch.float32, 1.0, False), (torch.float32, 2.0, True), (torch.bfloat16, 0.5, True)]
 
 
-def _case(columns: int, dtype: torch.dtype, temperature: float, *, in_place: bool) -> dict[str, Any]:
+def _case(columns: int, dtype: torch.dtype, temperature: float, in_place: bool) -> kernel_workers.Case:
     generator = torch.Generator().manual_seed(columns)
-    student, teacher = (torch.randn(3, columns, generator=generator).mul_(4).to(dtype) for _ in range(2))
-    teacher[2] = student[2]
-    weight = torch.rand(3, generator=generator)
-    return {
-        "student": student, "teacher": teacher, "weight": weight, "temperature": temperature, "in_place": in_place
-    }  # fmt: skip
-
-
-CASES = {
-    f"{name}, {str(dtype)[6:]}, T={temperature}{', in place' * in_place}": _case(
-        columns, dtype, temperature, in_place=in_place
-    )
-    for name, columns in SIZES.items()
-    for dtype, temperature, in_place in KINDS
-}
+    student_TV, teacher_TV = (torch.randn(3, columns, generator=generator).mul_(4).to(dtype) for _ in range(2))
+    teacher_TV[2] = student_TV[2]
+    return kernel_workers.Case(student_TV, teacher_TV, torch.rand(3, generator=generator), temperature, in_place)
 
 
 @pytest.fixture(scope="module")
-def interpreted(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """Loss per token and gradient by case."""
-    folder = tmp_path_factory.mktemp("kernels")
-    torch.save(list(CASES.values()), folder / "in.pt")
-    command = [
-        sys.executable,
-        "-m",
-        "tests.unit.losses.interpreted_kernels",
-        str(folder / "in.pt"),
-        str(folder / "out.pt"),
-    ]
-    subprocess.run(command, cwd=REPOSITORY, check=True, timeout=120, env=os.environ | {"TRITON_INTERPRET": "1"})
-    return dict(zip(CASES, torch.load(folder / "out.pt"), strict=True))
+def interpreting() -> Iterator[WorkerPool]:
+    """Workers that interpret what they would compile: it is asked before Triton is imported."""
+    workers = WorkerPool()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TRITON_INTERPRET", "1")
+        workers.run(os.getpid, 2)
+    yield workers
+    workers.close()
 
 
-@pytest.mark.parametrize("name", CASES)
-def test_value_and_gradient(interpreted: dict[str, Any], name: str) -> None:
-    case, (loss_T, grad_TV) = CASES[name], interpreted[name]
-    temperature = case["temperature"]
-    student_TV = case["student"].double().requires_grad_()
-    log_q, log_p = ((logits.double() / temperature).log_softmax(-1) for logits in (student_TV, case["teacher"]))
+@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("columns", SIZES.values(), ids=SIZES)
+@pytest.mark.parametrize(("dtype", "temperature", "in_place"), KINDS, ids=["fp32", "fp32, T=2", "bf16, T=0.5"])
+def test_value_and_gradient(
+    interpreting: WorkerPool, dtype: torch.dtype, temperature: float, in_place: bool, columns: int, ranks: int
+) -> None:
+    case = _case(columns, dtype, temperature, in_place)
+    results = interpreting.run(kernel_workers.fused_forward_kl, ranks, case)
+    grad_TV = torch.cat([grad_Tv for _, grad_Tv in results], 1)
+    student_TV = case.student_TV.double().requires_grad_()
+    log_q, log_p = ((logits.double() / temperature).log_softmax(-1) for logits in (student_TV, case.teacher_TV))
     wanted_T = F.kl_div(log_q, log_p, log_target=True, reduction="none").sum(-1) * temperature**2
-    (wanted_T * case["weight"]).sum().backward()
-    torch.testing.assert_close(loss_T.double(), wanted_T.detach(), rtol=1e-6, atol=1e-6)
+    (wanted_T * case.weight_T).sum().backward()
+    for loss_T, _ in results:
+        torch.testing.assert_close(loss_T.double(), wanted_T.detach(), rtol=1e-6, atol=1e-6)
     assert student_TV.grad is not None
     error = (grad_TV.double() - student_TV.grad).norm() / student_TV.grad.norm()
-    assert float(error) < (1e-6 if grad_TV.dtype == torch.float32 else 2**-7)  # the interpreter cuts bf16 off
+    assert float(error) < (1e-6 if dtype == torch.float32 else 2**-7)  # the interpreter cuts bf16 off
     assert torch.equal(grad_TV[2], torch.zeros_like(grad_TV[2])), "not zero where the student is the teacher"
 
 
