@@ -86,4 +86,4 @@ def test_the_host_waits_on_logging_steps_only(
             for step in (1, 2, 4, 5):
                 assert places.get(step, set()) <= CPU_ONLY, f"step {step}"
             for step in (LOG_STEPS, NUM_STEPS):
-                assert {"guard.py:check", "loop.py:mean_terms"} <= places[step]
+                assert {"guard.py:check", "step.py:mean_terms"} <= places[step]
