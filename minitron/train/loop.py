@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -75,7 +76,7 @@ def train(job: TrainJob) -> dict[str, float]:
     if step == 0 and job.earlier is not None:
         step = load_state(job.trainable, job.earlier)
     if step == 0:
-        fill_fp8_history(job.trainable, job.objective, _microbatches(job, step), group_size=job.group_size)
+        fill_fp8_history(job.trainable, job.objective, partial(_microbatches, job, 0), group_size=job.group_size)
     metrics = job.open_metrics(step + 1)
     clock, clock_step = time.monotonic(), step
     heldout = HeldoutLoss(float("nan"), 0)

@@ -2,7 +2,7 @@
 
 import contextlib
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -67,7 +67,7 @@ def train_step(
 
 
 def fill_fp8_history(
-    trainable: Trainable, objective: Objective, microbatches: Sequence[Batch], *, group_size: int = 0
+    trainable: Trainable, objective: Objective, first: Callable[[], Sequence[Batch]], *, group_size: int = 0
 ) -> None:
     """Show delayed scaling the sizes of its tensors before the first step; nothing is done for other precisions.
 
@@ -77,12 +77,13 @@ def fill_fp8_history(
     Args:
         trainable: Model, optimizer and schedule; its weights stay as they are.
         objective: Makes the signals and the loss.
-        microbatches: Those of the first step.
+        first: Gives the micro-batches of the first step; not called for other precisions.
         group_size: As in `train_step`.
     """
     config = trainable.config
     if not config.fp8 or config.fp8_recipe != Fp8Recipe.delayed:
         return
+    microbatches = first()
     for _ in range(math.ceil(3 / len(microbatches))):
         trainable.zero_grad()
         accumulate_gradients(trainable, objective, microbatches, group_size=group_size)

@@ -14,7 +14,7 @@ from minitron.config.run import Device
 from minitron.parallel.groups import Groups, model_parallel
 from minitron.runtime.device import process_group
 from minitron.runtime.env import DistEnv
-from tests.helpers.pool import WorkerPool
+from tests.helpers.pool import WorkerPool, pool_with
 
 
 def _lack() -> str | None:
@@ -49,12 +49,8 @@ def groups() -> Iterator[Groups]:
 @pytest.fixture(scope="session")
 def cpu_pool(groups: Groups) -> Iterator[WorkerPool]:
     """A worker that sees no GPU. With the groups this process has found its own before they are hidden for a moment."""
-    workers = WorkerPool()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("CUDA_VISIBLE_DEVICES", "")
-        workers.run(os.getpid, 1)
-    yield workers
-    workers.close()
+    with pool_with(1, CUDA_VISIBLE_DEVICES="") as workers:
+        yield workers
 
 
 @pytest.fixture(autouse=True)

@@ -33,7 +33,7 @@ def _losses(precision: PrecisionConfig, groups: Groups) -> list[float]:
     """Loss of every step of a short distillation on the same micro-batches."""
     objective = distillation(build(SMALL, BF16, groups), SMALL.vocab_size, groups)
     student, work = _student(precision, groups), batches(SMALL, 2)
-    fill_fp8_history(student, objective, work)
+    fill_fp8_history(student, objective, lambda: work)
     return [float(train_step(student, objective, work).terms["loss"]) for _ in range(STEPS)]
 
 
@@ -74,7 +74,7 @@ def test_history_is_kept_to_resume_and_left_out_of_weights(groups: Groups, tmp_p
     _needs(Fp8Recipe.delayed)
     objective = distillation(build(SMALL, BF16, groups), SMALL.vocab_size, groups)
     student, work = _student(fp8(Fp8Recipe.delayed), groups), batches(SMALL, 2)
-    fill_fp8_history(student, objective, work)
+    fill_fp8_history(student, objective, lambda: work)
     for _ in range(3):
         train_step(student, objective, work)
     save_state(student, tmp_path / "states", step=3)

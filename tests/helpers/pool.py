@@ -5,6 +5,7 @@ call gets a fresh gloo process group. A call that hangs is cut by its timeout; w
 died are replaced.
 """
 
+import contextlib
 import gc
 import multiprocessing
 import os
@@ -13,11 +14,12 @@ import signal
 import tempfile
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from datetime import timedelta
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import SpawnProcess
 from typing import Any
+from unittest import mock
 
 MAX_WORKERS = 4
 _START_TIMEOUT_S = 240.0
@@ -165,3 +167,15 @@ def _call(
         # hold theirs in cycles, and Megatron remembers the arguments of the last 32 rotary tables.
         RotaryEmbedding.forward.cache_clear()
         gc.collect()
+
+
+@contextlib.contextmanager
+def pool_with(world_size: int, **variables: str) -> Iterator[WorkerPool]:
+    """A pool of its own, whose workers have environment variables that must be there before anything is imported."""
+    workers = WorkerPool()
+    try:
+        with mock.patch.dict(os.environ, variables):
+            workers.run(os.getpid, world_size)  # starts them
+        yield workers
+    finally:
+        workers.close()

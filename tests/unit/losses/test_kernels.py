@@ -1,6 +1,5 @@
 """The Triton kernels: their values in Triton's interpreter, against the dense formula in fp64; that they compile."""
 
-import os
 from collections.abc import Iterator
 
 import pytest
@@ -9,7 +8,7 @@ import torch.nn.functional as F
 
 from minitron.config.logit_loss import LogitLossConfig, LogitLossKind
 from minitron.losses.select import kernel_of
-from tests.helpers.pool import WorkerPool
+from tests.helpers.pool import WorkerPool, pool_with
 from tests.unit.losses import kernel_workers
 
 SIZES = {"less than a block": 37, "a block": 4096, "more than two": 9001}
@@ -27,12 +26,8 @@ def _case(columns: int, dtype: torch.dtype, temperature: float, in_place: bool) 
 @pytest.fixture(scope="module")
 def interpreting() -> Iterator[WorkerPool]:
     """Workers that interpret what they would compile: it is asked before Triton is imported."""
-    workers = WorkerPool()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("TRITON_INTERPRET", "1")
-        workers.run(os.getpid, 2)
-    yield workers
-    workers.close()
+    with pool_with(2, TRITON_INTERPRET="1") as workers:
+        yield workers
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
