@@ -45,10 +45,10 @@ def note_attempt(run: Path, stages: Sequence[str], *, limit: int) -> None:
 
 def _progress(run: Path, stages: Sequence[str]) -> list[str]:
     """Everything that a stage leaves only once: its result, saved steps, shards of a cache."""
-    done = [f"{stage} is done" for stage in stages if (run / stage / META_FILE).exists()]
+    done = [path for stage in stages for path in (run / stage).rglob(META_FILE)]  # a search has many
     partial = [run / PARTIAL_DIR / stage for stage in stages]
-    saved = [path for folder in partial for path in (*folder.glob("states/step_*"), *folder.glob("*.shard"))]
-    return done + sorted(str(path.relative_to(run)) for path in saved)
+    saved = [path for folder in partial for path in (*folder.rglob("states/step_*"), *folder.rglob("*.shard"))]
+    return sorted(str(path.relative_to(run)) for path in (*done, *saved))
 
 
 def note_stop(run: Path) -> None:

@@ -1,19 +1,17 @@
 """Turn a verb into a job: check everything that can be checked, then start the ranks for what is not done."""
 
-from dataclasses import replace
 from pathlib import Path
 
 from rich.console import Console
 
 from minitron.checkpoint.folder import MODEL_FILE, is_checkpoint_folder, read_model_config
+from minitron.cli.resolved import write_resolved
 from minitron.cli.search_job import run_search
-from minitron.cli.search_stages import SEARCH
 from minitron.cli.source import source_model, source_vocabulary
 from minitron.cli.stages import lines_of, needs_cache, stages_of
-from minitron.cli.submit import refuse_while_running, submit_run
+from minitron.cli.submit import jobs_of, submit_run
 from minitron.cli.turn import in_turn
 from minitron.cli.worker import PREFLIGHT, as_started, run_rank, runs_alone
-from minitron.config.compose import load_resolved, to_yaml
 from minitron.config.depth import depth_plan
 from minitron.config.families import check_family
 from minitron.config.fp8 import check_fp8_model
@@ -22,21 +20,14 @@ from minitron.config.launch import LaunchKind, nodes_of
 from minitron.config.model import ModelConfig
 from minitron.config.parallel import check_layout
 from minitron.config.run import RunConfig
+from minitron.config.search import SEARCH
 from minitron.config.teacher_layout import own_layout
 from minitron.data.sources import check_enough_text
 from minitron.distill.vocabulary import common_vocab_size, vocabulary_of
 from minitron.errors import ConfigError, ModelError, StoppedError
 from minitron.pipeline import OutsideHashes, Planned, outside_hashes, plan_stages
 from minitron.prune.given import target_of
-from minitron.runtime.artefact import (
-    OUTSIDE_FILE,
-    RESOLVED_FILE,
-    WANTED_FILE,
-    RunFolder,
-    storage_error,
-    write_json,
-    write_whole,
-)
+from minitron.runtime.artefact import OUTSIDE_FILE, RunFolder, write_json
 from minitron.runtime.device import (
     check_cluster_precision,
     check_devices,
@@ -45,8 +36,8 @@ from minitron.runtime.device import (
     resolve_device,
 )
 from minitron.runtime.env import DistEnv, wandb_mode
-from minitron.runtime.environment import environment
 from minitron.runtime.launch import launch_ranks
+from minitron.runtime.slurm import Job
 
 
 def run_job(verb: str, config: RunConfig, env: DistEnv | None) -> int:
@@ -68,8 +59,6 @@ def run_job(verb: str, config: RunConfig, env: DistEnv | None) -> int:
         check_models(config)
         if config.launch.kind is not LaunchKind.slurm:
             check_precision(config, resolve_device(config.device))
-        elif verb == SEARCH:
-            raise ConfigError("minitron search is one job of several rounds; start it inside an allocation, with srun")
         else:  # the machine that submits need not have the nodes' device
             check_cluster_precision(config)
         if config.tracking.wandb:
@@ -78,10 +67,10 @@ def run_job(verb: str, config: RunConfig, env: DistEnv | None) -> int:
             check_text(config)
     console = Console(soft_wrap=True)
     if verb == SEARCH:
-        return run_search(config, run, env, console, teacher=teacher_model(config), write_resolved=_write_resolved)
+        return run_search(config, run, env, console, teacher=teacher_model(config))
     if env is not None:  # torchrun or srun started us: this process is one rank, and rank 0 plans
         if env.rank == 0:
-            _write_resolved(run, config, wanted)
+            write_resolved(run, config, wanted)
         run_rank(config, wanted, env)
         if env.rank == 0:
             _show_end(run, wanted, config, console)
@@ -91,10 +80,7 @@ def run_job(verb: str, config: RunConfig, env: DistEnv | None) -> int:
     if all(item.done for item in planned):
         _say_done(planned, run, console)
     elif config.launch.kind is LaunchKind.slurm:
-        if not config.launch.dry_run:
-            refuse_while_running(run)
-            _write_resolved(run, config, wanted)
-        submit_run(planned, config, run, outside)
+        submit_run(jobs_of(planned, config), config, run, outside, wanted=wanted)
         return 0
     else:
         code = _run_here(config, run, wanted, outside)
@@ -105,7 +91,7 @@ def run_job(verb: str, config: RunConfig, env: DistEnv | None) -> int:
 
 
 def run_preflight(config: RunConfig, env: DistEnv | None) -> int:
-    """Check the machines of a run; the ranks are started for it unless torchrun or srun has.
+    """Check the machines of a run, in a job of its own on SLURM; the ranks are started unless torchrun or srun has.
 
     Args:
         config: The composed configuration.
@@ -113,29 +99,32 @@ def run_preflight(config: RunConfig, env: DistEnv | None) -> int:
 
     Returns:
         Exit code.
-
-    Raises:
-        ConfigError: It is asked of a cluster instead of its nodes.
     """
-    if config.launch.kind is LaunchKind.slurm:
-        raise ConfigError(
-            "minitron preflight checks the machines that it runs on; start it inside an allocation, with srun, and "
-            "without launch=slurm"
-        )
+    run = RunFolder(Path(config.runs_dir) / config.name)
     if env is not None:
+        with in_turn(env):
+            _check_not_started_twice(env, config)
         run_rank(config, [PREFLIGHT], env)
         return 0
-    return _launch(config, RunFolder(Path(config.runs_dir) / config.name), [PREFLIGHT], {})
+    if config.launch.kind is LaunchKind.slurm:
+        nodes, ranks_per_node = nodes_of(config.launch, config.cluster, config.parallel)
+        submit_run([Job(PREFLIGHT, (PREFLIGHT,), (), nodes, ranks_per_node, alone=False)], config, run, {}, wanted=[])
+        return 0
+    return _launch(config, run, [PREFLIGHT], {})
 
 
 def _check_started(env: DistEnv, config: RunConfig, wanted: list[str]) -> None:
     """Whether the ranks that something else started are those of the configuration."""
+    _check_not_started_twice(env, config)
+    check_num_ranks(env, as_started(config, wanted, env.world_size).parallel)
+
+
+def _check_not_started_twice(env: DistEnv, config: RunConfig) -> None:
     if config.launch.kind is not LaunchKind.local:
         raise ConfigError(
             f"launch={config.launch.kind} starts the ranks, but {env.launcher} has started this process as rank "
             f"{env.rank} of {env.world_size}; leave launch= out, or start minitron by itself"
         )
-    check_num_ranks(env, as_started(config, wanted, env.world_size).parallel)
 
 
 def _run_here(config: RunConfig, run: RunFolder, wanted: list[str], outside: OutsideHashes) -> int:
@@ -154,7 +143,7 @@ def _launch(config: RunConfig, run: RunFolder, wanted: list[str], outside: Outsi
     alone = runs_alone(config, wanted)
     nodes, ranks_per_node = (1, 1) if alone else nodes_of(config.launch, config.cluster, config.parallel)
     check_devices(ranks_per_node, config)
-    resolved = _write_resolved(run, config, [name for name in wanted if name != PREFLIGHT])
+    resolved = write_resolved(run, config, [name for name in wanted if name != PREFLIGHT])
     given = run.path / OUTSIDE_FILE
     write_json(given, outside)
     arguments = [str(resolved), ",".join(wanted), str(given)]
@@ -318,23 +307,6 @@ def teacher_model(config: RunConfig) -> ModelConfig | None:
             f"distill.teacher.path={Path(config.runs_dir) / 'teacher' / 'import'}"
         )
     return read_model_config(Path(given))
-
-
-def _write_resolved(run: RunFolder, config: RunConfig, wanted: list[str] | None = None) -> Path:
-    """Write what every rank will load, with the versions and the commit at its head, and what stages are wanted."""
-    path = run.path / RESOLVED_FILE
-    head = "".join(f"# {key}: {value}\n" for key, value in environment().items())
-    # Every host of several writes it: without what is one host's own, they write the same.
-    config = replace(config, launch=replace(config.launch, is_host=None, local_address=None))
-    try:
-        run.path.mkdir(parents=True, exist_ok=True)
-        write_whole(path, head + to_yaml(config))
-        if wanted:
-            write_json(run.path / WANTED_FILE, wanted)
-    except OSError as error:
-        raise storage_error(error, path) from error
-    assert load_resolved(path) == config, "a configuration must survive its own YAML"
-    return path
 
 
 def _say_done(planned: list[Planned], run: RunFolder, console: Console) -> None:

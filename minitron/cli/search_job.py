@@ -1,13 +1,15 @@
 """Start a search: check the space, then run its rounds in one job, or in several side by side."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from rich.console import Console
 
-from minitron.cli.search_stages import LATENCY, RESULT, SEARCH, is_search, latencies, search_plans, search_space
+from minitron.cli.resolved import write_resolved
+from minitron.cli.search_stages import LATENCY, first_stages, is_search, latencies, search_plans, search_space
 from minitron.cli.source import source_model
 from minitron.cli.stages import stages_of
+from minitron.cli.submit import jobs_of, submit_run
 from minitron.cli.turn import in_turn
 from minitron.cli.worker import run_rank
 from minitron.config.families import check_family
@@ -15,16 +17,16 @@ from minitron.config.intermediate import find_matches
 from minitron.config.launch import LaunchKind, nodes_of
 from minitron.config.model import ModelConfig
 from minitron.config.run import Device, RunConfig
+from minitron.config.search import RESULT, SEARCH
 from minitron.errors import ConfigError, StoppedError
-from minitron.pipeline import OutsideHashes, Planned, outside_hashes
+from minitron.pipeline import OutsideHashes, Planned, outside_hashes, plan_stages
 from minitron.report.search import print_search, read_search
 from minitron.runtime.artefact import OUTSIDE_FILE, RunFolder, write_json
 from minitron.runtime.device import check_devices, resolve_device
 from minitron.runtime.env import DistEnv
 from minitron.runtime.launch import launch_ranks, launch_side_by_side
+from minitron.runtime.slurm import Job
 from minitron.search.space import Space, require_candidates
-
-WriteResolved = Callable[[RunFolder, RunConfig], Path]
 
 
 def run_search(
@@ -34,7 +36,6 @@ def run_search(
     console: Console,
     *,
     teacher: ModelConfig | None,
-    write_resolved: WriteResolved,
 ) -> int:
     """Run `minitron search` to its end; what is done is skipped.
 
@@ -44,13 +45,13 @@ def run_search(
         env: This process's rank when torchrun started it, else None.
         console: Where to write.
         teacher: Architecture of the model to learn from, where it is not the source.
-        write_resolved: Writes what the ranks load.
 
     Returns:
         Exit code.
     """
     with in_turn(env):
         space = check_search(config, run, teacher=teacher, alone=env is None)
+    wanted = [*(stage.name for stage in first_stages(config)), RESULT]
     is_main = env is None or env.rank == 0
     if is_main:
         dropped = f", dropped: {space.reasons}" if space.dropped else ""
@@ -59,12 +60,15 @@ def run_search(
         )
     if env is not None:
         if is_main:
-            write_resolved(run, config)
+            write_resolved(run, config, wanted)
         run_rank(config, [SEARCH], env)
     else:
         outside = outside_hashes(stages_of(config), config)
         if not _is_done(config, run, outside):
-            resolved = write_resolved(run, config)
+            if config.launch.kind is LaunchKind.slurm:
+                submit_run(_jobs_of(config, run, outside), config, run, outside, wanted=wanted)
+                return 0
+            resolved = write_resolved(run, config, wanted)
             ranks = f"{config.parallel.arithmetic()} ranks"
             workers = f", {config.search.workers} candidates side by side" if config.search.workers > 1 else ""
             console.print(f"[bold]{config.name}[/]: {ranks}{workers}, artefacts in {run.path}/")
@@ -104,8 +108,8 @@ def check_search(config: RunConfig, run: RunFolder, *, teacher: ModelConfig | No
     if search.workers > 1:
         if not alone or config.launch.kind is not LaunchKind.local:
             raise ConfigError(
-                f"search.workers={search.workers} starts ranks of its own, on this machine; set it to 1 under torchrun "
-                "and srun, or start minitron search with launch=local and without them"
+                f"search.workers={search.workers} starts ranks of its own, on this machine; set it to 1 with "
+                "torchrun and SLURM, or start minitron search with launch=local by itself"
             )
         check_devices(config.parallel.num_ranks, config, places=search.workers)
     return space
@@ -114,6 +118,17 @@ def check_search(config: RunConfig, run: RunFolder, *, teacher: ModelConfig | No
 def _is_done(config: RunConfig, run: RunFolder, outside: OutsideHashes) -> bool:
     """Whether every round is done: each is planned from what the one before left."""
     return all(all(item.done for item in planned) for planned in search_plans(config, run, outside))
+
+
+def _jobs_of(config: RunConfig, run: RunFolder, outside: OutsideHashes) -> list[Job]:
+    """For SLURM: what one process does of the first stages, and all the rest in one job of the whole allocation."""
+    first = [stage.name for stage in first_stages(config) if stage.name != LATENCY]
+    planned = plan_stages(stages_of(config), config, run, first, outside)
+    jobs = jobs_of([item for item in planned if item.stage.alone], config)
+    together = [item.stage.name for item in planned if not item.stage.alone and not item.done]
+    nodes, ranks_per_node = nodes_of(config.launch, config.cluster, config.parallel)
+    after = tuple(job.name for job in jobs)
+    return [*jobs, Job(SEARCH, (*together, SEARCH), after, nodes, ranks_per_node, alone=False)]
 
 
 def _run_in_one(config: RunConfig, run: RunFolder, resolved: Path, outside: OutsideHashes) -> int:

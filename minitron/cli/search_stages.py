@@ -16,7 +16,7 @@ from minitron.cli.stages import Line, line_stages, needs_cache, stages_of
 from minitron.config.compose import flat_values
 from minitron.config.prune import Ranking
 from minitron.config.run import RunConfig
-from minitron.config.search import LatencySource, candidate_training, rung_steps
+from minitron.config.search import RESULT, SEARCH, LatencySource, candidate_training, rung_steps
 from minitron.pipeline import OutsideHashes, Planned, Stage, outside_hashes, plan_stages
 from minitron.runtime.artefact import RunFolder
 from minitron.search.latency import read_latencies, width_name
@@ -26,9 +26,7 @@ from minitron.search.space import Candidate, Latency, Space, enumerate_space, re
 if TYPE_CHECKING:
     from minitron.runtime.session import Session
 
-SEARCH = "search"
-"""What a worker is asked for to run a whole search; a single stage of one has this as its folder."""
-RESULT, LATENCY = f"{SEARCH}/result", f"{SEARCH}/latency"
+LATENCY = f"{SEARCH}/latency"
 
 _NOT_DECIDING = ("search.workers", "search.max_candidates")
 _SHARED = ("import", "data", "eval_teacher", "correct", "eval_corrected", "score")
@@ -132,7 +130,7 @@ def stages_of_search(config: RunConfig, run: RunFolder, wanted: Sequence[str] = 
         wanted: The comparison at the end is among the stages if it is among these: what it needs follows from the
             candidates' losses.
     """
-    first = _first_stages(config)
+    first = first_stages(config)
     if latencies(config, run) is None:
         return first
     candidates = candidates_of(config, run)
@@ -188,7 +186,7 @@ def plan_search(config: RunConfig, run: RunFolder, wanted: Sequence[str], outsid
     return plan_stages(stages, config, run, wanted, outside)
 
 
-def _first_stages(config: RunConfig) -> list[Stage]:
+def first_stages(config: RunConfig) -> list[Stage]:
     """What comes before the candidates."""
     names = [name for name in _SHARED if name != "score" or config.prune.ranking is Ranking.importance]
     stages = [stage for stage in stages_of(config) if stage.name in names]

@@ -6,7 +6,6 @@ from typing import Any
 
 from minitron.cli.actions import train_stage
 from minitron.cli.search_stages import (
-    SEARCH,
     candidates_of,
     distilled,
     distilled_loss,
@@ -18,7 +17,7 @@ from minitron.cli.search_stages import (
 from minitron.config.compose import flat_values
 from minitron.config.prune import DENSE_SIZES
 from minitron.config.run import Device, RunConfig
-from minitron.config.search import COSTS, LatencySource
+from minitron.config.search import COSTS, SEARCH, LatencySource
 from minitron.report.collect import read_curve, read_eval
 from minitron.report.search import PLOTTED, SearchResult, SearchRow, write_search
 from minitron.runtime.artefact import RunFolder

@@ -12,6 +12,7 @@ from rich.table import Table
 
 from minitron.config.compose import load_resolved
 from minitron.config.run import RunConfig
+from minitron.config.search import RESULT, SEARCH
 from minitron.config.trainings import TRAININGS, in_step, settings_of
 from minitron.errors import ArtefactError, PlatformError
 from minitron.log import complain
@@ -79,14 +80,14 @@ def status_of(run: Path) -> list[StageStatus]:
     if not file.exists():
         raise ArtefactError(f"{run} is not a run's folder (it has no {file.name}); give one, such as runs/demo")
     config = load_resolved(file)
-    jobs = {stage: number for number, _, stages in read_jobs(run) for stage in stages}
+    jobs = {RESULT if stage == SEARCH else stage: number for number, _, stages in read_jobs(run) for stage in stages}
     states = _states(sorted(set(jobs.values())))
     metas = {path.parent.relative_to(run).as_posix(): _read(path) for path in _metas(run)}
     begun = [path.parent.relative_to(run / PARTIAL_DIR).as_posix() for path in (run / PARTIAL_DIR).rglob("digest")]
     finished = sorted(metas, key=lambda stage: str(metas[stage].get("finished", "")))
     rows = []
     for stage in dict.fromkeys([*jobs, *finished, *begun, *read_wanted(run)]):
-        job = jobs.get(stage)
+        job = jobs.get(stage, jobs.get(RESULT) if stage.startswith(f"{SEARCH}/") else None)
         rows.append(_status(run, stage, config, metas.get(stage), job, None if job is None else states.get(job)))
     return rows
 

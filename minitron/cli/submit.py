@@ -10,6 +10,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
+from minitron.cli.resolved import write_resolved
 from minitron.config.compose import to_yaml
 from minitron.config.launch import nodes_of
 from minitron.config.run import Device, RunConfig
@@ -33,26 +34,30 @@ from minitron.runtime.slurm import (
 )
 
 
-def submit_run(planned: Sequence[Planned], config: RunConfig, run: RunFolder, outside: OutsideHashes) -> None:
-    """Write the scripts of what is not done, submit them, and print the table of jobs.
+def submit_run(
+    jobs: Sequence[Job], config: RunConfig, run: RunFolder, outside: OutsideHashes, *, wanted: Sequence[str]
+) -> None:
+    """Write the scripts of jobs, submit them, and print the table of jobs.
 
     With ``launch.dry_run`` nothing is written or submitted: the scripts are printed.
 
     Args:
-        planned: The wanted stages, in order.
+        jobs: What to submit, in order.
         config: The run, checked for the nodes it asks for.
         run: Its folder.
         outside: Hashes of what lies outside the folder; the jobs take them as they are now.
+        wanted: All stages that were asked for, done or not; see `write_resolved`. Jobs for none of them, such as a
+            preflight, disturb no other of the run.
 
     Raises:
-        ArtefactError: The run folder cannot be written.
+        ArtefactError: Jobs of this run are in the queue, or its folder cannot be written.
         ConfigError: What the jobs read is not in their container.
         PlatformError: SLURM refuses a job; those before it are taken back.
     """
     console = Console(soft_wrap=True)
-    jobs = jobs_of(planned, config)
     place = _place(config, run)
     check_mounts(config, place)
+    given = config
     if config.cluster.gpus_per_node and config.device is Device.auto:
         config = replace(config, device=Device.cuda)  # a node without its GPUs is an error, not a slow job
     arguments = [str(place.folder / RESOLVED_FILE), str(place.folder / OUTSIDE_FILE)]
@@ -68,6 +73,9 @@ def submit_run(planned: Sequence[Planned], config: RunConfig, run: RunFolder, ou
             console.print(f"# ---- {_script(place, job)}{after}", highlight=False, markup=False)
             sys.stdout.write(scripts[job.name] + "\n")
         return
+    if wanted:
+        refuse_while_running(run)
+    write_resolved(run, given, wanted)
     try:
         place.folder.mkdir(parents=True)
         (place.folder / RESOLVED_FILE).write_text(to_yaml(config), encoding="utf-8")
@@ -78,9 +86,10 @@ def submit_run(planned: Sequence[Planned], config: RunConfig, run: RunFolder, ou
             _script(place, job).write_text(scripts[job.name], encoding="utf-8")
     except OSError as error:
         raise storage_error(error, place.folder) from error
-    numbers = _submit_all(jobs, place)
+    numbers = _submit_all(jobs, place, noted=bool(wanted))
     console.print(_table(jobs, numbers))
-    console.print(f"scripts and logs: {place.folder}/; how it goes: minitron status {run.path}", highlight=False)
+    status = f"; how it goes: minitron status {run.path}" if wanted else ""
+    console.print(f"scripts and logs: {place.folder}/{status}", highlight=False)
 
 
 def check_mounts(config: RunConfig, place: Place) -> None:
@@ -159,14 +168,15 @@ def _script(place: Place, job: Job) -> Path:
     return place.folder / f"{job.name}.sbatch"
 
 
-def _submit_all(jobs: Sequence[Job], place: Place) -> dict[str, int]:
-    """Numbers of the jobs by name, also written down for `minitron status`."""
+def _submit_all(jobs: Sequence[Job], place: Place, *, noted: bool) -> dict[str, int]:
+    """Numbers of the jobs by name, also written down for `minitron status` if they are to be `noted`."""
     numbers: dict[str, int] = {}
     try:
         for job in jobs:
             numbers[job.name] = submit(_script(place, job), [numbers[name] for name in job.after])
-        written = [{"job_id": numbers[job.name], "name": job.name, "stages": job.stages} for job in jobs]
-        write_json(place.folder / JOBS_FILE, written)
+        if noted:
+            written = [{"job_id": numbers[job.name], "name": job.name, "stages": job.stages} for job in jobs]
+            write_json(place.folder / JOBS_FILE, written)
     except (MinitronError, OSError) as error:
         if isinstance(error, NoSlurmError) and not numbers:
             shutil.rmtree(place.folder)  # scripts that nobody has

@@ -16,6 +16,7 @@ from minitron.cli.turn import in_turn, report_error
 from minitron.config.launch import LaunchKind
 from minitron.config.parallel import ParallelConfig
 from minitron.config.run import Device, RunConfig
+from minitron.config.search import SEARCH
 from minitron.errors import MinitronError, PlatformError, StoppedError
 from minitron.runtime.env import DistEnv, dist_env, set_rank_environment, slurm_env
 from minitron.runtime.signals import hold_stop_signal
@@ -157,11 +158,11 @@ def _plans(
     config: RunConfig, run: "RunFolder", wanted: Sequence[str], outside: "OutsideHashes | None"
 ) -> "Iterator[list[Planned]]":
     """What to run, one plan after the other: only a search has several, for its rounds depend on each other."""
-    from minitron.cli.search_stages import SEARCH, is_search, plan_search, search_plans
+    from minitron.cli.search_stages import is_search, plan_search, search_plans
     from minitron.cli.stages import stages_of
     from minitron.pipeline import plan_stages
 
-    if list(wanted) == [SEARCH]:
+    if SEARCH in wanted:  # all of it, whatever stages of it are named beside for `minitron status`
         return search_plans(config, run, outside or {})
     if is_search(wanted):
         return iter([plan_search(config, run, wanted, outside or {})])

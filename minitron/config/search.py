@@ -16,6 +16,12 @@ COSTS = ("parameters", "non_embedding", "active_parameters", "memory_gb", "laten
 FILTER_NAMES = (*DENSE_SIZES, "kv_channels", "vocab_size", *COSTS)
 """What ``search.filter`` may name."""
 
+SEARCH = "search"
+"""What a job is asked for to run a whole search; each stage of one has this as its folder."""
+
+RESULT = f"{SEARCH}/result"
+"""The stage that compares the candidates, the last of a search."""
+
 PAPER_STEPS = 400
 """Optimizer steps of a candidate's distillation in arXiv 2407.14679, section 4.3."""
 

@@ -40,6 +40,21 @@ def test_progress_starts_the_count_again(tmp_path: Path, monkeypatch: Env, made:
         _start(tmp_path, monkeypatch, 6)
 
 
+def test_progress_of_a_search_is_that_of_its_candidates(tmp_path: Path, monkeypatch: Env) -> None:
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    stages, candidate = ["score", "search"], "search/L3-h48-f96-a4-g4"
+    made = [f".partial/{candidate}/distill_4/states/step_00000002", f"{candidate}/distill_4/meta.json"]
+    for restarts, path in enumerate(["score/meta.json", *made]):
+        monkeypatch.setenv("SLURM_RESTART_COUNT", str(restarts))
+        note_attempt(tmp_path, stages, limit=0)
+        (tmp_path / path).parent.mkdir(parents=True)
+        (tmp_path / path).touch()
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "3")
+    note_attempt(tmp_path, stages, limit=0)
+    with pytest.raises(PlatformError, match="started again 1 times"):
+        note_attempt(tmp_path, stages, limit=0)
+
+
 def test_a_new_job_of_the_same_number_starts_afresh(tmp_path: Path, monkeypatch: Env) -> None:
     for restarts in (0, 1, 2, 0, 1, 2):
         _start(tmp_path, monkeypatch, restarts)

@@ -1,5 +1,6 @@
 """The command line before any rank starts: help, the printed configuration, and one line for each bad input."""
 
+import itertools
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -320,8 +321,8 @@ def test_more_processes_than_ranks(fails: Fails, monkeypatch: pytest.MonkeyPatch
         monkeypatch.setenv(name, value)
     message = fails(3, "source.kind=random", "parallel.pipeline_model_parallel_size=2")
     assert "4 processes were started, but the layout needs tensor 1 x pipeline 2 x data 1 = 2" in message
-    for launch in ("slurm", "torchrun"):
-        message = fails(3, "source.kind=random", f"launch={launch}")
+    for launch, verb in itertools.product(("slurm", "torchrun"), ("compress", "preflight")):
+        message = fails(3, "source.kind=random", f"launch={launch}", verb=verb)
         assert f"launch={launch} starts the ranks, but torchrun has started this process as rank 0 of 4" in message
     monkeypatch.delenv("LOCAL_RANK")
     assert "MASTER_PORT set but LOCAL_RANK not" in fails(10, "source.kind=random")
@@ -352,11 +353,6 @@ def test_far_more_ranks_than_cores(
         "would start 17 processes on this machine, which has 2 cores and no GPU in use, more than 8 a core;" in message
     )
     assert "change parallel.* or search.workers, or start it where there are more: launch=torchrun" in message
-
-
-def test_preflight_of_a_cluster(fails: Fails) -> None:
-    message = fails(3, "source.kind=random", "launch=slurm", verb="preflight")
-    assert message.startswith("minitron preflight checks the machines that it runs on; start it inside an allocation")
 
 
 def test_run_folder_of_another_model(fails: Fails, model: Path, text: list[str], tmp_path: Path) -> None:

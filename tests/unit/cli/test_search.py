@@ -176,6 +176,6 @@ def test_ranks_that_are_there_already_cannot_work_side_by_side(
         ("MASTER_PORT", "1"),
     ):
         monkeypatch.setenv(name, value)
-    assert "search.workers=2 starts ranks of its own, on this machine; set it to 1 under torchrun" in refused(
+    assert "search.workers=2 starts ranks of its own, on this machine; set it to 1 with torchrun" in refused(
         *GRID, "search.workers=2"
     )

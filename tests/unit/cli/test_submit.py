@@ -13,11 +13,12 @@ import pytest
 
 from minitron.cli.job import wanted_stages
 from minitron.cli.stages import stages_of
+from minitron.cli.status import status_of
 from minitron.cli.submit import jobs_of
 from minitron.config.compose import compose_run, load_resolved
 from minitron.config.run import Device
 from minitron.pipeline import outside_hashes, plan_stages
-from minitron.runtime.artefact import RunFolder
+from minitron.runtime.artefact import RunFolder, read_wanted
 from minitron.runtime.slurm import job_states, read_jobs
 from tests.unit.cli.conftest import FAKE, SLURM, Compress
 
@@ -193,6 +194,63 @@ def test_jobs_are_submitted_in_order(
     assert load_resolved(folder / "resolved.yaml") == load_resolved(tmp_path / "runs" / "tiny" / "resolved.yaml")
     config = load_resolved(folder / "resolved.yaml")
     assert json.loads((folder / "outside.json").read_text()) == outside_hashes(stages_of(config), config)
+
+
+GRID = ["search.grid.hidden_size=[48,56]", "search.num_tokens=2048", "search.eval_tokens=512"]
+
+
+def test_a_search_is_one_job_after_what_one_process_does(
+    compress: Compress, slurm: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    assert compress(*TWO, *GRID, "launch.dry_run=true", verb="search") == 0
+    out = capsys.readouterr().out
+    assert out.startswith("search: 2 shapes, 2 candidates\n# ---- ")
+    assert "import.sbatch\n" in out
+    assert "search.sbatch, after import\n" in out
+    assert not (tmp_path / "runs").exists()
+    assert compress(*TWO, *GRID, verb="search") == 0
+    run = tmp_path / "runs" / "tiny"
+    stages = ["eval_teacher", "score", "search"]
+    assert read_jobs(run) == [(101, "import", ["import", "data"]), (102, "search", stages)]
+    assert (
+        f"sbatch --parsable --dependency=afterok:101 --kill-on-invalid-dep=yes {run}/jobs/001/search.sbatch"
+        in (slurm / "calls").read_text()
+    )
+    script = (run / "jobs" / "001" / "search.sbatch").read_text()
+    assert "#SBATCH --nodes=2\n#SBATCH --ntasks-per-node=1\n" in script
+    assert f"{run}/jobs/001/resolved.yaml \\\n    eval_teacher,score,search \\\n" in script
+    (slurm / "queue").write_text("101|PENDING|1:00|Priority\n102|PENDING|1:00|Dependency\n")
+    assert [(row.stage, row.state, row.job) for row in status_of(run)] == [
+        ("import", "waiting", 101),
+        ("data", "waiting", 101),
+        ("eval_teacher", "waiting", 102),
+        ("score", "waiting", 102),
+        ("search/result", "waiting", 102),
+    ]
+    capsys.readouterr()
+    assert compress(*TWO, *GRID, verb="search") == 8
+    assert "has jobs in the queue (101 102)" in capsys.readouterr().err
+    assert compress(*TWO, *GRID, "search.workers=2", verb="search") == 3
+    assert "search.workers=2 starts ranks of its own, on this machine; set it to 1 with torchrun and SLURM" in (
+        capsys.readouterr().err
+    )
+
+
+def test_a_preflight_is_a_job_of_the_whole_allocation_beside_others(
+    compress: Compress, slurm: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    run = tmp_path / "runs" / "tiny"
+    assert compress(verb="import") == 0
+    (slurm / "queue").write_text("101|PENDING|1:00|Priority\n")
+    capsys.readouterr()
+    assert compress(*TWO, verb="preflight") == 0
+    assert "102  preflight  2 x 1      -" in capsys.readouterr().out
+    assert f"sbatch --parsable {run}/jobs/002/preflight.sbatch" in (slurm / "calls").read_text()
+    script = (run / "jobs" / "002" / "preflight.sbatch").read_text()
+    assert "#SBATCH --nodes=2\n" in script
+    assert f"{run}/jobs/002/resolved.yaml \\\n    preflight \\\n" in script
+    assert read_jobs(run) == [(101, "import", ["import"])]
+    assert read_wanted(run) == ["import"]
 
 
 def test_a_gpu_cluster_computes_on_gpus(compress: Compress, slurm: Path, tmp_path: Path) -> None:
