@@ -3,8 +3,8 @@
 # The script sets RUN_JOBS, the folder <run>/jobs, and may set SRUN_OPTIONS (an array).
 #
 # The ranks check their machines first, as `minitron preflight` does.
-# Exit codes of a job: 0 done; 75 stopped on request with everything saved, and requeued; anything else is an error
-# whose line is in the log, and is not requeued. A job that waits for a failed one is cancelled by SLURM.
+# Exit codes of a job: 0 done; 75 stopped on request with everything saved, or preempted, and requeued; anything else
+# is an error whose line is in the log, and is not requeued. A job that waits for a failed one is cancelled by SLURM.
 set -uo pipefail
 
 status=0
@@ -26,11 +26,22 @@ run_ranks() {
     status=$?
 }
 
+# Whether SLURM wants the nodes for a job that goes first. Where the queue has a GraceTime, the ranks have ended by
+# SIGTERM before SLURM itself would requeue, and an end with an error would count as the job's own.
+is_preempted() {
+    scontrol --oneliner show job "$SLURM_JOB_ID" | grep -q ' PreemptTime=[0-9]'
+}
+
 # Rank 0 leaves the mark once everything is saved, and a rank with an error its code: both count for more than what
 # srun gives, the code of a rank that was cut off.
 go_on_or_end() {
     if [ -e "$RUN_JOBS/$SLURM_JOB_ID.stopped" ]; then
         printf -- '-- stopped and saved: back into the queue\n'
+        scontrol requeue "$SLURM_JOB_ID"
+        exit 75
+    fi
+    if [ "$status" -ne 0 ] && is_preempted; then
+        printf -- '-- preempted: back into the queue\n'
         scontrol requeue "$SLURM_JOB_ID"
         exit 75
     fi

@@ -1,9 +1,10 @@
 """A SLURM cluster on this machine: a head and nodes, each a host of its own, run by SLURM's own daemons."""
 
+import contextlib
 import os
 import shutil
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -34,6 +35,7 @@ SlurmdParameters=config_overrides
 JobAcctGatherType=jobacct_gather/none
 MpiDefault=none
 MailProg=/bin/true
+{more}
 ReturnToService=2
 KillWait=5
 MinJobAge=86400
@@ -43,7 +45,11 @@ SchedulerType=sched/backfill
 SchedulerParameters=sched_interval=1,bf_interval=2,sched_min_interval=100000,batch_sched_delay=0
 NodeName=DEFAULT CPUs=8 RealMemory=65536 State=UNKNOWN
 {nodes}
-PartitionName=main Nodes={names} Default=YES MaxTime=INFINITE State=UP
+# A job of the second queue takes the nodes of one in the first.
+PreemptType=preempt/partition_prio
+PreemptMode=REQUEUE
+PartitionName=main Nodes={names} Default=YES MaxTime=INFINITE State=UP PriorityTier=1 GraceTime=120
+PartitionName=urgent Nodes={names} MaxTime=INFINITE State=UP PriorityTier=2
 """
 
 
@@ -85,10 +91,7 @@ class SlurmCluster:
 
     def start(self) -> None:
         """Start the daemons and wait until every node is idle."""
-        hosts = self.network.hosts
-        nodes = "\n".join(f"NodeName={name} NodeAddr={hosts[name].address}" for name in self._nodes)
-        conf = _CONF.format(head=self.head.address, folder=self._folder, nodes=nodes, names=",".join(self._nodes))
-        (self._folder / "slurm.conf").write_text(conf)
+        self._write_conf()
         (self._folder / "state").mkdir()
         (self._folder / "munge.key").write_bytes(os.urandom(128))
         (self._folder / "munge.key").chmod(0o600)
@@ -101,6 +104,22 @@ class SlurmCluster:
         for name in self._nodes:
             self._daemon(name, "slurmd", "-D", "-N", name)
         wait_until("idle nodes", lambda: self._num_idle() == len(self._nodes), timeout_s=60)
+
+    def _write_conf(self, more: str = "") -> None:
+        hosts = self.network.hosts
+        nodes = "\n".join(f"NodeName={name} NodeAddr={hosts[name].address}" for name in self._nodes)
+        names = ",".join(self._nodes)
+        conf = _CONF.format(head=self.head.address, folder=self._folder, nodes=nodes, names=names, more=more)
+        (self._folder / "slurm.conf").write_text(conf)
+
+    @contextlib.contextmanager
+    def configured(self, line: str) -> Iterator[None]:
+        """For a while with another line in slurm.conf."""
+        for more in (line, ""):
+            self._write_conf(more)
+            self.client("scontrol", "reconfigure")
+            if more:
+                yield
 
     def _num_idle(self) -> int:
         return len(self.client("sinfo", "-h", "-N", "-t", "idle", "-o", "%N", check=False).split())

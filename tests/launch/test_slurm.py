@@ -8,11 +8,13 @@ from pathlib import Path
 import pytest
 
 from minitron.cli.status import status_of
+from minitron.report.search import read_search
 from minitron.runtime.slurm import read_jobs
-from tests.launch.cluster import SlurmCluster
+from minitron.runtime.tracking import read_metrics
+from tests.launch.cluster import Shown, SlurmCluster
 from tests.launch.conftest import Unbroken, losses_of
 from tests.launch.hosts import wait_until
-from tests.launch.line import NAME, REPOSITORY, TOKENS_PER_STEP, command, environment
+from tests.launch.line import NAME, REPOSITORY, TOKENS_PER_STEP, command, environment, minitron
 
 pytestmark = [pytest.mark.slurm, pytest.mark.timeout(900)]
 
@@ -108,11 +110,84 @@ def test_asked_to_stop_it_saves_and_requeues_itself(cluster: SlurmCluster, unbro
     assert losses_of(tmp_path / NAME) == unbroken.losses
 
 
-def test_time_limit(cluster: SlurmCluster, unbroken: Unbroken, tmp_path: Path) -> None:
-    """A run longer than its job's two minutes is asked to save, requeues itself, and goes on from the saved step.
+def _preempt(cluster: SlurmCluster, job: int, folder: Path) -> Shown:
+    """Let a job of a queue that goes first take the nodes for a moment; what the job that had them has come to."""
+    output = f"--output={folder}/urgent.log"
+    words = ["--parsable", "--partition=urgent", "--nodes=2", "--exclusive", output, "--wrap=srun sleep 5"]
+    urgent = int(cluster.client("sbatch", *words))
+    ended = cluster.wait([urgent, job], timeout_s=500)
+    assert ended[urgent].state == "COMPLETED", (folder / "urgent.log").read_text()
+    return ended[job]
 
-    It is not run to its end: that what goes on so has the losses of an unbroken run, the test before this one shows.
-    """
+
+def test_preempted_it_goes_back_into_the_queue(cluster: SlurmCluster, unbroken: Unbroken, tmp_path: Path) -> None:
+    """In the queue's GraceTime the ranks get SIGTERM and end as they are; the newest saved step counts."""
+    unbroken.copy_undistilled(tmp_path)
+    (job,) = _submit(cluster, "distill", tmp_path).values()
+    _wait_for_step(tmp_path, 60)
+    ended = _preempt(cluster, job, tmp_path)
+    log = _log(tmp_path, "distill", job)
+    assert (ended.state, ended.restarts) == ("COMPLETED", 1), log
+    assert "preempted: back into the queue" in log
+    assert losses_of(tmp_path / NAME) == unbroken.losses
+
+
+def test_preempted_it_saves_first_where_slurm_sends_the_job_s_signal(
+    cluster: SlurmCluster, unbroken: Unbroken, tmp_path: Path
+) -> None:
+    unbroken.copy_undistilled(tmp_path)
+    never = "distill.train.save_interval_steps=0"
+    with cluster.configured("SlurmctldParameters=preempt_send_user_signal"):
+        (job,) = _submit(cluster, "distill", tmp_path, never).values()
+        _wait_for_step(tmp_path, 50)
+        ended = _preempt(cluster, job, tmp_path)
+    log = _log(tmp_path, "distill", job)
+    assert (ended.state, ended.restarts) == ("COMPLETED", 1), log
+    assert "stopped after step" in log
+    assert losses_of(tmp_path / NAME) == unbroken.losses
+
+
+def test_search_as_a_job(cluster: SlurmCluster, unbroken: Unbroken, tmp_path: Path) -> None:
+    """Stopped while a candidate is distilled, it requeues itself and finds what a search in one piece does."""
+    grid = ["search.grid.hidden_size=[48,56]", f"search.num_tokens={40 * TOKENS_PER_STEP}", "search.eval_tokens=1024"]
+    slurm, here = tmp_path / "slurm", tmp_path / "here"
+    for runs_dir in (slurm, here):
+        unbroken.copy_undistilled(runs_dir)
+    jobs = _submit(cluster, "search", slurm, *grid)
+    assert list(jobs) == ["search"]  # what comes before the candidates is done
+    place = slurm / NAME / ".partial" / "search"
+    wait_until(
+        "a candidate's step 10",
+        lambda: any(len(read_metrics(file.parent)) >= 10 for file in place.rglob("metrics.jsonl")),
+        timeout_s=400,
+    )
+    cluster.client("scancel", "--signal=USR1", str(jobs["search"]))
+    ended = cluster.wait([jobs["search"]], timeout_s=500)[jobs["search"]]
+    log = _log(slurm, "search", jobs["search"])
+    assert (ended.state, ended.restarts) == ("COMPLETED", 1), log
+    assert "stopped and saved: back into the queue" in log
+    assert {row.state for row in status_of(slurm / NAME) if row.job == jobs["search"]} == {"done"}
+    done = minitron("search", here, *grid)
+    assert done.returncode == 0, done.stderr
+    found, expected = (read_search(runs_dir / NAME / "search" / "result") for runs_dir in (slurm, here))
+    assert found == expected
+
+
+def test_preflight_as_a_job(cluster: SlurmCluster, tmp_path: Path) -> None:
+    for overrides, code in ([], "0:0"), (["preflight.min_free_gb=1e9"], "10:0"):
+        runs_dir = tmp_path / f"{len(overrides)}"
+        before = {int(word) for word in cluster.client("squeue", "-h", "--states=all", "-o", "%i").split()}
+        assert _submit(cluster, "preflight", runs_dir, *overrides) == {}  # no stage of the run
+        after = {int(word) for word in cluster.client("squeue", "-h", "--states=all", "-o", "%i").split()}
+        (job,) = after - before
+        ended = cluster.wait([job], timeout_s=120)[job]
+        log = _log(runs_dir, "preflight", job)
+        assert (ended.exit_code, ended.restarts) == (code, 0), log
+        assert re.search(r"ranks +ok +2 on 2 hosts", log), log
+
+
+def test_time_limit(cluster: SlurmCluster, unbroken: Unbroken, tmp_path: Path) -> None:
+    """A run longer than its job's two minutes is asked to save, requeues itself, and goes on from the saved step."""
     unbroken.copy_undistilled(tmp_path)
     num_steps = 2400
     longer = [f"distill.train.num_tokens={num_steps * TOKENS_PER_STEP}", "distill.train.save_interval_steps=0"]
@@ -123,10 +198,14 @@ def test_time_limit(cluster: SlurmCluster, unbroken: Unbroken, tmp_path: Path) -
     log = _log(tmp_path, "distill", job)
     assert "stopped after step" in log
     assert time.monotonic() - started < 120, "that was the limit itself"
-    step = int(log.split("stopped after step ")[1].split()[0])
-    wait_until("steps after it", lambda: len(losses_of(tmp_path / NAME)) > step + 20, timeout_s=200)
-    cluster.client("scancel", str(job))
-    cluster.wait([job], timeout_s=60)
+    ended = cluster.wait([job], timeout_s=600)[job]
+    log = _log(tmp_path, "distill", job)
+    assert (ended.state, log.count("stopped after step")) == ("COMPLETED", ended.restarts), log
+    whole = tmp_path / "whole"
+    unbroken.copy_undistilled(whole)
+    done = minitron("distill", whole, *longer)
+    assert done.returncode == 0, done.stderr
+    assert losses_of(tmp_path / NAME) == losses_of(whole / NAME)
 
 
 def test_a_failed_job_cancels_those_that_wait_for_it(cluster: SlurmCluster, unbroken: Unbroken, tmp_path: Path) -> None:

@@ -349,6 +349,27 @@ def test_a_job_ends_with_the_code_of_the_error_not_of_the_ranks_that_it_cut_off(
     assert "requeue" not in (slurm / "calls").read_text()
 
 
+@pytest.mark.parametrize(("since", "code"), [("2026-11-28T10:34:00", 75), ("None", 10)])
+def test_a_job_that_slurm_takes_off_its_nodes_goes_back_into_the_queue(
+    compress: Compress, slurm: Path, tmp_path: Path, since: str, code: int
+) -> None:
+    """Whatever the ranks made of SIGTERM, such as a lost peer; one that was done by then is done."""
+    assert compress(verb="import") == 0
+    jobs = tmp_path / "runs" / "tiny" / "jobs"
+    shown = f"JobId=5 PreemptEligibleTime=2026-11-28T10:33:49 PreemptTime={since} SuspendTime=None"
+    (slurm / "scontrol").write_text(f"{FAKE}\necho '{shown}'\n")
+    (slurm / "scontrol").chmod(0o755)
+    env = {**os.environ, "SLURM_JOB_ID": "5", "SLURM_JOB_NODELIST": "n1"}
+    for ranks, ended in ((f"echo 10 >{jobs}/5.code; exit 143", code), ("exit 0", 0)):
+        (slurm / "srun").write_text(f"#!/bin/bash\n{ranks}\n")
+        (slurm / "srun").chmod(0o755)
+        script = ["bash", jobs / "001" / "import.sbatch"]
+        done = subprocess.run(script, env=env, capture_output=True, text=True, check=False)
+        assert done.returncode == ended, done.stderr
+        assert ("preempted: back into the queue" in done.stdout) == (ended == 75)
+    assert (slurm / "calls").read_text().splitlines().count("scontrol requeue 5") == (code == 75)
+
+
 @pytest.mark.parametrize(("stops", "code"), [(True, 75), (False, 0)])
 def test_a_job_that_stopped_saved_goes_back_into_the_queue(
     compress: Compress, slurm: Path, tmp_path: Path, stops: bool, code: int
