@@ -10,7 +10,10 @@ from minitron.errors import ConfigError
 
 @dataclass(kw_only=True)
 class PlanConfig:
-    """The machine that the figures of `minitron plan` are for. No result depends on it."""
+    """The machine that the figures of `minitron plan` are for. No result depends on it.
+
+    With ``launch=slurm`` it is the cluster's nodes: ``cluster.gpu`` and ``cluster.gpus_per_node`` where they are set.
+    """
 
     gpu: Gpu = Gpu.h100
     """Kind of GPU: its memory and peak."""

@@ -12,11 +12,14 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+pytestmark = pytest.mark.timeout(600)  # the first test waits for all of the runs
+
 REPOSITORY = Path(__file__).resolve().parents[2]
 
 SHAPES = {
     "nemotron4_15b-to-8b": (4, 64, 256, 12, 2),
     "nemotron4_8b-to-4b": (4, 48, 144, 6, 2),
+    "nemotron4_15b-to-8b-to-4b": (4, 48, 144, 6, 2),
     "llama31_8b-to-4b_width": (4, 48, 144, 8, 2),
     "llama31_8b-to-4b_depth": (2, 64, 224, 8, 2),
     "mistral_nemo_12b-to-8b": (5, 64, 180, 8, 2),
@@ -56,7 +59,7 @@ def runs_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
             for rank, log in enumerate((first, second))
         ]
         try:
-            codes = [rank.wait(timeout=280) for rank in ranks]
+            codes = [rank.wait(timeout=500) for rank in ranks]
         finally:
             for rank in ranks:
                 rank.kill()
@@ -68,7 +71,8 @@ def runs_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize("experiment", SHAPES)
 def test_experiment_runs_end_to_end(runs_dir: Path, experiment: str) -> None:
     run = runs_dir / f"{experiment}_tiny"
-    folder = run / "export" / "hf"
+    is_chain = experiment.count("-to-") > 1
+    folder = (run / "steps" / "4b" if is_chain else run) / "export" / "hf"
     model = AutoModelForCausalLM.from_pretrained(folder)
     config = model.config
     assert SHAPES[experiment] == (
@@ -80,9 +84,14 @@ def test_experiment_runs_end_to_end(runs_dir: Path, experiment: str) -> None:
     )
     assert config.head_dim == 8
     assert torch.isfinite(model(torch.arange(8)[None]).logits).all()
-    metas = {file.parent.name: json.loads(file.read_text()) for file in run.glob("*/meta.json")}
-    assert metas["distill"]["summary"]["tokens"] == 2048
+    files = [*run.glob("*/meta.json"), *run.glob("steps/*/*/meta.json")]
+    metas = {file.parent.relative_to(run).as_posix(): json.loads(file.read_text()) for file in files}
+    distilled = [meta for stage, meta in metas.items() if stage.endswith("distill")]
+    assert [meta["summary"]["tokens"] for meta in distilled] == [2048] * experiment.count("-to-")
     if not experiment.startswith("nemotron"):  # paper 1 distils on the teacher's own data
         assert metas["correct"]["summary"]["tokens"] == 1024
         assert "correct" in metas["distill"]["inputs"]  # the corrected teacher taught
-    assert (run / "report" / "report.html").exists()
+    if is_chain:  # the 4b is cut from the distilled 8b, and the 15b teaches both
+        assert "steps/8b/distill" in metas["steps/4b/prune"]["inputs"]
+        assert all("import" in meta["inputs"] for meta in distilled)
+    assert list(run.rglob("report/report.html"))

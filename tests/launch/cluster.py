@@ -122,7 +122,7 @@ class SlurmCluster:
                 yield
 
     def _num_idle(self) -> int:
-        return len(self.client("sinfo", "-h", "-N", "-t", "idle", "-o", "%N", check=False).split())
+        return len(set(self.client("sinfo", "-h", "-N", "-t", "idle", "-o", "%N", check=False).split()))
 
     def stop(self) -> None:
         """Cancel every job and end the cluster."""

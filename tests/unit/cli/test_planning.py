@@ -51,6 +51,20 @@ def test_machine_is_a_choice(capsys: pytest.CaptureFixture[str]) -> None:
     assert hours["plan.utilization=0.2"] == hours["plan.peak_tflops=494.5"]
 
 
+def test_on_slurm_the_machine_is_the_cluster(capsys: pytest.CaptureFixture[str]) -> None:
+    asked = ["plan", EXPERIMENT, "launch=slurm", "plan.gpu=b200"]
+    for cluster, shown in (
+        (["cluster=dgx_a100"], "32 x 8 a100 GPUs"),
+        (["cluster=dgx_h100", "cluster.gpus_per_node=4"], "64 x 4 h100 GPUs"),
+        (["cluster=dgx_h100", "cluster.gpu=null"], "32 x 8 b200 GPUs"),
+        (["cluster=generic"], "32 x 8 b200 GPUs"),
+    ):
+        assert main([*asked, *cluster]) == 0
+        assert shown in capsys.readouterr().out
+    assert main([*asked, "cluster=dgx_a100", "precision=fp8_delayed"]) == 3
+    assert "cluster.gpu=a100 cannot do precision.fp8_recipe=delayed" in capsys.readouterr().err
+
+
 def test_what_does_not_fit_is_said(capsys: pytest.CaptureFixture[str]) -> None:
     alone = ["parallel.tensor_model_parallel_size=1", "parallel.sequence_parallel=false"]
     alone.append("distill.train.micro_batch_size=2")
