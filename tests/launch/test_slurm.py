@@ -189,7 +189,7 @@ def test_preflight_as_a_job(cluster: SlurmCluster, tmp_path: Path) -> None:
 def test_time_limit(cluster: SlurmCluster, unbroken: Unbroken, tmp_path: Path) -> None:
     """A run longer than its job's two minutes is asked to save, requeues itself, and goes on from the saved step."""
     unbroken.copy_undistilled(tmp_path)
-    num_steps = 2400
+    num_steps = 1600
     longer = [f"distill.train.num_tokens={num_steps * TOKENS_PER_STEP}", "distill.train.save_interval_steps=0"]
     limits = ["launch.time_limit=00:02:00", "launch.signal_lead_s=60"]
     started = time.monotonic()
