@@ -18,10 +18,10 @@ step() {
 step lint .venv/bin/python -m ruff check minitron tests
 step format .venv/bin/python -m ruff format --check minitron tests
 step layers .venv/bin/lint-imports --no-logo
-step shell .venv/bin/shellcheck .ci/run .ci/check.sh launch/setup.sh launch/torchrun.sh launch/slurm/common.sh
+step shell .venv/bin/shellcheck .ci/run .ci/check.sh launch/setup.sh launch/torchrun.sh launch/slurm/common.sh \
+    docker/install.sh docker/test.sh
 step types .venv/bin/python -m mypy
 step docker .venv/bin/hadolint --no-color docker/Dockerfile
-step shell .venv/bin/shellcheck docker/install.sh docker/test.sh
 [ -z "$failed" ] || {
     printf 'check: failed:%s (make format mends most of lint and format)\n' "$failed" >&2
     exit 1

@@ -253,6 +253,8 @@ def row(step: str, num_ranks: int, num_written: int, usage: Usage, copied: float
 def run(step: str, num_ranks: int, scale: float, folder: Path) -> list[str]:
     """One line of the table; the result is removed again, and what it was made from once it is not needed."""
     hf, source, out = folder / "hf", folder / "source", folder / "out"
+    work: Callable[..., object]
+    args: tuple[object, ...]
     shutil.rmtree(out, ignore_errors=True)
     if step == "import":
         model = llama31_8b(scale)

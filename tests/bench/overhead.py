@@ -43,16 +43,15 @@ def write_data(folder: Path, num_tokens: int) -> None:
     """A data folder of random tokens, as `minitron data` leaves it."""
     dtype = DType.optimal_dtype(TEACHER.vocab_size)
     random = np.random.default_rng(0)
-    sizes = {}
+    facts: dict[str, Any] = {"eos_id": 0, "vocab_size": TEACHER.vocab_size, "dtype": np.dtype(dtype).name}
     for split in Split:
         builder = IndexedDatasetBuilder(str(folder / f"{split}.bin"), dtype=dtype)
         for _ in range(num_tokens // 1000):
             builder.add_document(random.integers(TEACHER.vocab_size, size=1000).astype(dtype), [1000])
         builder.finalize(str(folder / f"{split}.idx"))
-        sizes[str(split)] = SplitSummary(num_documents=num_tokens // 1000, num_tokens=num_tokens, num_bytes=num_tokens)
-    facts: dict[str, Any] = {"eos_id": 0, "vocab_size": TEACHER.vocab_size, "dtype": np.dtype(dtype).name}
+        facts[str(split)] = SplitSummary(num_documents=num_tokens // 1000, num_tokens=num_tokens, num_bytes=num_tokens)
     facts |= {"tokenizer_sha256": "", "source_fingerprint": "", "train_sha256": ""}
-    save_summary(folder, DatasetSummary(**sizes, **facts, seq_length=SEQ_LENGTH))
+    save_summary(folder, DatasetSummary(**facts, seq_length=SEQ_LENGTH))
 
 
 class Clock:
@@ -83,7 +82,7 @@ def loop_parts(folder: Path, num_steps: int) -> dict[str, list[float]]:
         save_interval_steps=2,
     )
     clock = Clock()
-    loop = minitron.train.loop
+    loop: Any = minitron.train.loop  # whose names are replaced
     with (
         demo(NUM_STAGES, settings) as models,
         StageProgress("overhead", enabled=models.groups.world_rank == 0, console=Console(stderr=True)) as progress,

@@ -69,7 +69,8 @@ def measure(dtype: Dtype, size: int, length: int, repeats: int) -> dict[str, tup
             def scored(config: ScoreConfig = config) -> None:
                 score_model(gpt, text, model=SMOLLM2_135M, config=config, groups=groups, source_id="bench")
 
-            plain(), scored()
+            plain()
+            scored()
             seconds = in_turn({"plain": plain, "scored": scored}, repeats)
             speed = size * length / min(seconds["plain"])
             found[name] = speed, Ratio.of(seconds["scored"], seconds["plain"])

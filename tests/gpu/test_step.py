@@ -11,7 +11,6 @@ from minitron.train.step import train_step
 from tests.gpu.models import (
     BF16,
     LLAMA_4B_WIDTH,
-    LLAMA_8B,
     ONE_RANK,
     SMALL,
     SMALLER,
@@ -20,6 +19,7 @@ from tests.gpu.models import (
     distillation,
     trainable,
 )
+from tests.helpers.llama31 import LLAMA_8B
 
 
 def test_nccl_at_one_gpu(groups: Groups) -> None:

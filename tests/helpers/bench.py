@@ -46,7 +46,7 @@ def in_turn(
     """
     seconds: dict[str, list[float]] = {name: [] for name in cases}
     for number in range(repeats):
-        for name in reversed(cases) if number % 2 else cases:
+        for name in reversed(list(cases)) if number % 2 else cases:
             if name in before:
                 before[name]()
             start = time.perf_counter()

@@ -107,6 +107,7 @@ class WorkerPool:
         answers: dict[int, tuple[bool, Any]] = {}
         deadline = time.monotonic() + timeout_s
         while ranks and (ready := wait(list(ranks), max(0.0, deadline - time.monotonic()))):
+            connection: Any
             for connection in ready:
                 rank = ranks.pop(connection)
                 try:
