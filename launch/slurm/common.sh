@@ -32,18 +32,21 @@ is_preempted() {
     scontrol --oneliner show job "$SLURM_JOB_ID" | grep -q ' PreemptTime=[0-9]'
 }
 
+requeue() {
+    scontrol requeue "$SLURM_JOB_ID" || printf -- '-- SLURM does not take it back: the same command goes on from here\n'
+    exit 75
+}
+
 # Rank 0 leaves the mark once everything is saved, and a rank with an error its code: both count for more than what
 # srun gives, the code of a rank that was cut off.
 go_on_or_end() {
     if [ -e "$RUN_JOBS/$SLURM_JOB_ID.stopped" ]; then
         printf -- '-- stopped and saved: back into the queue\n'
-        scontrol requeue "$SLURM_JOB_ID"
-        exit 75
+        requeue
     fi
     if [ "$status" -ne 0 ] && is_preempted; then
         printf -- '-- preempted: back into the queue\n'
-        scontrol requeue "$SLURM_JOB_ID"
-        exit 75
+        requeue
     fi
     if [ -e "$RUN_JOBS/$SLURM_JOB_ID.code" ]; then
         status=$(<"$RUN_JOBS/$SLURM_JOB_ID.code")

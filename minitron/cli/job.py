@@ -1,11 +1,12 @@
 """Turn a verb into a job: check everything that can be checked, then start the ranks for what is not done."""
 
+from dataclasses import replace
 from pathlib import Path
 
 from rich.console import Console
 
 from minitron.checkpoint.folder import MODEL_FILE, is_checkpoint_folder, read_model_config
-from minitron.cli.resolved import write_resolved
+from minitron.cli.resolved import given_to_ranks, write_resolved
 from minitron.cli.search_job import run_search
 from minitron.cli.source import source_model, source_vocabulary
 from minitron.cli.stages import lines_of, needs_cache, stages_of
@@ -27,7 +28,7 @@ from minitron.distill.vocabulary import common_vocab_size, vocabulary_of
 from minitron.errors import ConfigError, ModelError, StoppedError
 from minitron.pipeline import OutsideHashes, Planned, outside_hashes, plan_stages
 from minitron.prune.given import target_of
-from minitron.runtime.artefact import OUTSIDE_FILE, RunFolder, write_json
+from minitron.runtime.artefact import RunFolder
 from minitron.runtime.device import (
     check_cluster_precision,
     check_devices,
@@ -38,6 +39,9 @@ from minitron.runtime.device import (
 from minitron.runtime.env import DistEnv, wandb_mode
 from minitron.runtime.launch import launch_ranks
 from minitron.runtime.slurm import Job
+
+_PREFLIGHT_LIMIT = "00:20:00"
+"""Time limit of a SLURM job that only looks at its machines: short ones start sooner."""
 
 
 def run_job(verb: str, config: RunConfig, env: DistEnv | None) -> int:
@@ -100,17 +104,19 @@ def run_preflight(config: RunConfig, env: DistEnv | None) -> int:
     Returns:
         Exit code.
     """
-    run = RunFolder(Path(config.runs_dir) / config.name)
     if env is not None:
         with in_turn(env):
             _check_not_started_twice(env, config)
         run_rank(config, [PREFLIGHT], env)
         return 0
     if config.launch.kind is LaunchKind.slurm:
+        check_cluster_precision(config)
         nodes, ranks_per_node = nodes_of(config.launch, config.cluster, config.parallel)
-        submit_run([Job(PREFLIGHT, (PREFLIGHT,), (), nodes, ranks_per_node, alone=False)], config, run, {}, wanted=[])
+        job = Job(PREFLIGHT, (PREFLIGHT,), (), nodes, ranks_per_node, alone=False)
+        brief = replace(config, launch=replace(config.launch, time_limit=_PREFLIGHT_LIMIT, signal_lead_s=60))
+        submit_run([job], brief, RunFolder(Path(config.runs_dir) / config.name), {}, wanted=[])
         return 0
-    return _launch(config, run, [PREFLIGHT], {})
+    return _launch(config, [PREFLIGHT], {})
 
 
 def _check_started(env: DistEnv, config: RunConfig, wanted: list[str]) -> None:
@@ -131,25 +137,24 @@ def _run_here(config: RunConfig, run: RunFolder, wanted: list[str], outside: Out
     """Start the ranks on this machine and wait for them."""
     size = "1 process" if runs_alone(config, wanted) else f"{config.parallel.arithmetic()} ranks"
     Console(soft_wrap=True).print(f"[bold]{config.name}[/]: {size}, artefacts in {run.path}/")
-    code = _launch(config, run, wanted, outside)
+    write_resolved(run, config, wanted)
+    code = _launch(config, wanted, outside)
     if code:
         return code
     done = all(item.done for item in plan_stages(stages_of(config), config, run, wanted, outside))
     return 0 if done else StoppedError.exit_code  # rank 0 has said where
 
 
-def _launch(config: RunConfig, run: RunFolder, wanted: list[str], outside: OutsideHashes) -> int:
+def _launch(config: RunConfig, wanted: list[str], outside: OutsideHashes) -> int:
     """Start as many ranks as the stages need, and wait; gives the exit code."""
     alone = runs_alone(config, wanted)
     nodes, ranks_per_node = (1, 1) if alone else nodes_of(config.launch, config.cluster, config.parallel)
     check_devices(ranks_per_node, config)
-    resolved = write_resolved(run, config, [name for name in wanted if name != PREFLIGHT])
-    given = run.path / OUTSIDE_FILE
-    write_json(given, outside)
-    arguments = [str(resolved), ",".join(wanted), str(given)]
-    return launch_ranks(
-        arguments, config.launch, nodes=nodes, ranks_per_node=ranks_per_node, name=f"minitron-{config.name}"
-    )
+    with given_to_ranks(config, outside) as (resolved, hashes):
+        arguments = [resolved, ",".join(wanted), hashes]
+        return launch_ranks(
+            arguments, config.launch, nodes=nodes, ranks_per_node=ranks_per_node, name=f"minitron-{config.name}"
+        )
 
 
 def wanted_stages(verb: str, config: RunConfig) -> list[str]:

@@ -1,9 +1,11 @@
 """``minitron <verb> [key=value ...]``."""
 
 import argparse
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import minitron
 from minitron.cli.turn import in_turn, report_error
@@ -11,6 +13,9 @@ from minitron.errors import ConfigError, MinitronError, StoppedError
 from minitron.log import complain
 from minitron.runtime.env import DistEnv, dist_env, set_rank_environment
 from minitron.runtime.signals import hold_stop_signal
+
+if TYPE_CHECKING:
+    from minitron.config.run import RunConfig
 
 VERBS: dict[str, tuple[str, str]] = {
     "compress": ("the whole line, resumable: what is done is skipped", "source, data, prune, distill"),
@@ -152,6 +157,8 @@ def _run(verb: str, overrides: list[str], env: DistEnv | None, *, print_config: 
         return 0
     with in_turn(env):
         config = compose_run(overrides)
+        if verb != "plan":
+            _check_cluster(config, overrides)
         if verb == "eval" and config.eval.checkpoint and not Path(config.eval.checkpoint).exists():
             raise ConfigError(f"eval.checkpoint={config.eval.checkpoint} does not exist")
 
@@ -164,6 +171,15 @@ def _run(verb: str, overrides: list[str], env: DistEnv | None, *, print_config: 
     if verb == "preflight":
         return run_preflight(config, env)
     return run_job(verb, config, env)
+
+
+def _check_cluster(config: "RunConfig", overrides: list[str]) -> None:
+    """Refuse what is asked of a cluster that the run is not submitted to."""
+    from minitron.config.launch import LaunchKind
+
+    given = [words for words in overrides if re.match(r"[+~]*cluster[.=]", words)]
+    if given and config.launch.kind is not LaunchKind.slurm:
+        raise ConfigError(f"{given[0]} is read with launch=slurm only, but launch={config.launch.kind}; leave it out")
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ from minitron.report import format as fmt
 from minitron.report.cost import training_flops
 
 _GB = 1e9
+_GPUS_PER_NODE = 8
 _ITEMS = {
     "parameters": "parameters",
     "gradients": "gradients (fp32)",
@@ -34,15 +35,15 @@ _ITEMS = {
 def print_plan(plan: Plan, config: RunConfig, origin: str, console: Console) -> None:
     """Print the machine, the models, the memory of every kind of training, and the cost of every stage."""
     ranks, settings = config.parallel.num_ranks, config.plan
-    nodes = math.ceil(ranks / settings.gpus_per_node)
+    gpu, each = config.planned_gpu, settings.gpus_per_node or config.cluster.gpus_per_node or _GPUS_PER_NODE
     console.print(f"{config.name}: {config.parallel.arithmetic()} ranks", highlight=False)
-    console.print(f"{nodes} x {settings.gpus_per_node} {settings.gpu} GPUs, {config.precision.label}", highlight=False)
+    console.print(f"{math.ceil(ranks / each)} x {each} {gpu} GPUs, {config.precision.label}", highlight=False)
     console.print(f"shape: {origin}\n", highlight=False)
     console.print(_models(plan))
     for item in plan.passes:
         if item.memory and not item.stage.endswith("baseline"):  # which holds the student without the teacher
             console.print(_memory(item, config))
-            if max(held.total for held in item.memory) > GPUS[settings.gpu].memory_bytes:
+            if max(held.total for held in item.memory) > GPUS[gpu].memory_bytes:
                 console.print(
                     f"{item.stage} does not fit: more tensor or pipeline parallelism, a smaller micro-batch, fewer "
                     "distill.teacher_microbatches\nor parallel.recompute_granularity=full take less\n",
@@ -50,9 +51,9 @@ def print_plan(plan: Plan, config: RunConfig, origin: str, console: Console) -> 
                     highlight=False,
                 )
     console.print(_costs(plan, config))
-    per_second = settings.flops_per_second(config.precision.dtype)
+    per_second = _flops_per_second(config)
     console.print(
-        f"GPU-hours: at {per_second / 1e12:.0f} TFLOPs a GPU, {settings.utilization:.0%} of {settings.gpu}'s peak "
+        f"GPU-hours: at {per_second / 1e12:.0f} TFLOPs a GPU, {settings.utilization:.0%} of {gpu}'s peak "
         "(plan.*); days: on all GPUs\n6ND: the papers' rule, 6 x parameters x tokens, without the teacher",
         style="dim",
         highlight=False,
@@ -94,7 +95,7 @@ def _models(plan: Plan) -> Table:
 def _memory(item: PlannedPass, config: RunConfig) -> Table:
     """Stages that hold the same are one column."""
     stages = _same_stages(item.memory)
-    title = f"{item.stage}: memory of one rank, GB (of {GPUS[config.plan.gpu].memory_bytes / _GB:.0f})"
+    title = f"{item.stage}: memory of one rank, GB (of {GPUS[config.planned_gpu].memory_bytes / _GB:.0f})"
     headings = [f"stage {first}" if first == last else f"stages {first}-{last}" for first, last, _ in stages]
     table = _table(title, "", *headings)
     for name, label in _ITEMS.items():
@@ -130,7 +131,15 @@ def _costs(plan: Plan, config: RunConfig) -> Table:
 
 
 def _gpu_hours(flops: float, config: RunConfig) -> float:
-    return flops / config.plan.flops_per_second(config.precision.dtype) / 3600
+    return flops / _flops_per_second(config) / 3600
+
+
+def _flops_per_second(config: RunConfig) -> float:
+    """FLOPs that one GPU does in a second of training."""
+    peak = config.plan.peak_tflops
+    if peak is None:
+        peak = GPUS[config.planned_gpu].tflops[config.precision.dtype]
+    return 1e12 * peak * config.plan.utilization
 
 
 def _number(value: float) -> str:

@@ -1,6 +1,5 @@
 """`minitron plan`: what a run will need, from its configuration and the shape of its models. Needs no GPU."""
 
-from dataclasses import replace
 from pathlib import Path
 
 from rich.console import Console
@@ -10,7 +9,6 @@ from minitron.config.fp8 import unmet_need
 from minitron.config.gpus import GPUS
 from minitron.config.launch import LaunchKind
 from minitron.config.model import ModelConfig
-from minitron.config.plan import PlanConfig
 from minitron.config.run import RunConfig, SourceKind
 from minitron.errors import ConfigError
 from minitron.plan.trainings import plan_run
@@ -31,7 +29,6 @@ def run_plan(config: RunConfig) -> int:
         PruneError: A target does not fit its source.
         LayoutError: The layout cannot split a model, or FP8 cannot multiply its widths.
     """
-    config = replace(config, plan=_machine(config))
     _check_gpu(config)
     source, origin = source_shape(config)
     plan = plan_run(config, source, _given_teacher(config), target_of=target_of)
@@ -41,23 +38,15 @@ def run_plan(config: RunConfig) -> int:
     return 0
 
 
-def _machine(config: RunConfig) -> PlanConfig:
-    """What to plan for: the cluster's nodes where the run is for a cluster with GPUs."""
-    plan, cluster = config.plan, config.cluster
-    if not _is_for_cluster(config):
-        return plan
-    return replace(plan, gpu=cluster.gpu or plan.gpu, gpus_per_node=cluster.gpus_per_node)
-
-
-def _is_for_cluster(config: RunConfig) -> bool:
-    return config.launch.kind is LaunchKind.slurm and config.cluster.gpus_per_node > 0
-
-
 def _check_gpu(config: RunConfig) -> None:
     """Refuse to plan FP8 for GPUs that cannot do it."""
-    gpu = config.plan.gpu
-    machine = "cluster.gpu" if config.cluster.gpu and _is_for_cluster(config) else "plan.gpu"
+    gpu = config.planned_gpu
+    machine = "cluster.gpu" if config.plan.gpu is None and config.cluster.gpu else "plan.gpu"
     for key, recipe in config.fp8_recipes.items():
+        if config.launch.kind is LaunchKind.slurm and not config.cluster.gpus_per_node:
+            raise ConfigError(
+                f"{key}={recipe} needs GPUs, but cluster.gpus_per_node=0; choose a cluster= with GPUs, or bf16"
+            )
         if reason := unmet_need(recipe, capability=GPUS[gpu].capability, cuda=None):
             others = (
                 other for other, has in GPUS.items() if not unmet_need(recipe, capability=has.capability, cuda=None)

@@ -1,17 +1,28 @@
-"""The file from which every rank loads the composed configuration."""
+"""The files from which every rank loads the composed configuration and the hashes of outside content."""
 
-from collections.abc import Sequence
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
 from minitron.config.compose import load_resolved, to_yaml
 from minitron.config.run import RunConfig
-from minitron.runtime.artefact import RESOLVED_FILE, WANTED_FILE, RunFolder, storage_error, write_json, write_whole
+from minitron.pipeline import OutsideHashes
+from minitron.runtime.artefact import (
+    OUTSIDE_FILE,
+    RESOLVED_FILE,
+    WANTED_FILE,
+    RunFolder,
+    storage_error,
+    write_json,
+    write_whole,
+)
 from minitron.runtime.environment import environment
 
 
 def write_resolved(run: RunFolder, config: RunConfig, wanted: Sequence[str]) -> Path:
-    """Write what every rank will load, with the versions and the commit at its head, and what stages are wanted.
+    """Write a run's configuration into its folder, with the versions and the commit at its head.
 
     Args:
         run: The run's folder.
@@ -34,3 +45,16 @@ def write_resolved(run: RunFolder, config: RunConfig, wanted: Sequence[str]) -> 
         raise storage_error(error, path) from error
     assert load_resolved(path) == config, "a configuration must survive its own YAML"
     return path
+
+
+@contextmanager
+def given_to_ranks(config: RunConfig, outside: OutsideHashes) -> Iterator[tuple[str, str]]:
+    """Files for the ranks that are started on this machine: the configuration and the hashes, for `cli.worker`.
+
+    They are this job's own. Ranks that are lost and started again read them once more, whatever other commands have
+    written into the run's folder by then.
+    """
+    with tempfile.TemporaryDirectory(prefix="minitron-") as folder:
+        hashes = Path(folder) / OUTSIDE_FILE
+        write_json(hashes, outside)
+        yield str(write_resolved(RunFolder(Path(folder)), config, [])), str(hashes)

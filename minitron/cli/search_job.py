@@ -5,7 +5,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from minitron.cli.resolved import write_resolved
+from minitron.cli.resolved import given_to_ranks, write_resolved
 from minitron.cli.search_stages import LATENCY, first_stages, is_search, latencies, search_plans, search_space
 from minitron.cli.source import source_model
 from minitron.cli.stages import stages_of
@@ -21,7 +21,7 @@ from minitron.config.search import RESULT, SEARCH
 from minitron.errors import ConfigError, StoppedError
 from minitron.pipeline import OutsideHashes, Planned, outside_hashes, plan_stages
 from minitron.report.search import print_search, read_search
-from minitron.runtime.artefact import OUTSIDE_FILE, RunFolder, write_json
+from minitron.runtime.artefact import RunFolder
 from minitron.runtime.device import check_devices, resolve_device
 from minitron.runtime.env import DistEnv
 from minitron.runtime.launch import launch_ranks, launch_side_by_side
@@ -68,12 +68,13 @@ def run_search(
             if config.launch.kind is LaunchKind.slurm:
                 submit_run(_jobs_of(config, run, outside), config, run, outside, wanted=wanted)
                 return 0
-            resolved = write_resolved(run, config, wanted)
+            write_resolved(run, config, wanted)
             ranks = f"{config.parallel.arithmetic()} ranks"
             workers = f", {config.search.workers} candidates side by side" if config.search.workers > 1 else ""
             console.print(f"[bold]{config.name}[/]: {ranks}{workers}, artefacts in {run.path}/")
             run_all = _run_in_one if config.search.workers == 1 else _run_side_by_side
-            code = run_all(config, run, resolved, outside)
+            with given_to_ranks(config, outside) as given:
+                code = run_all(config, run, given, outside)
             if code or not _is_done(config, run, outside):
                 return code or StoppedError.exit_code  # rank 0 has said where it stopped
     if is_main:
@@ -131,28 +132,23 @@ def _jobs_of(config: RunConfig, run: RunFolder, outside: OutsideHashes) -> list[
     return [*jobs, Job(SEARCH, (*together, SEARCH), after, nodes, ranks_per_node, alone=False)]
 
 
-def _run_in_one(config: RunConfig, run: RunFolder, resolved: Path, outside: OutsideHashes) -> int:
-    arguments = [str(resolved), SEARCH, str(_write_outside(run, outside))]
+def _run_in_one(config: RunConfig, _run: RunFolder, given: tuple[str, str], _outside: OutsideHashes) -> int:
+    resolved, hashes = given
     nodes, ranks_per_node = nodes_of(config.launch, config.cluster, config.parallel)
     check_devices(ranks_per_node, config)
+    arguments = [resolved, SEARCH, hashes]
     return launch_ranks(
         arguments, config.launch, nodes=nodes, ranks_per_node=ranks_per_node, name=f"minitron-{config.name}"
     )
 
 
-def _write_outside(run: RunFolder, outside: OutsideHashes) -> Path:
-    path = run.path / OUTSIDE_FILE
-    write_json(path, outside)
-    return path
-
-
-def _run_side_by_side(config: RunConfig, run: RunFolder, resolved: Path, outside: OutsideHashes) -> int:
+def _run_side_by_side(config: RunConfig, run: RunFolder, given: tuple[str, str], outside: OutsideHashes) -> int:
     """Each round's candidates dealt over several jobs, which share no device."""
-    given = _write_outside(run, outside)
+    resolved, hashes = given
     for planned in search_plans(config, run, outside):
         jobs = deal([item for item in planned if not item.done], config.search.workers)
         code = launch_side_by_side(
-            [[str(resolved), ",".join(names), str(given)] for names in jobs],
+            [[resolved, ",".join(names), hashes] for names in jobs],
             num_ranks=config.parallel.num_ranks,
             num_places=config.search.workers,
             logs=run.path / SEARCH / "logs",

@@ -12,7 +12,7 @@ from rich.table import Table
 
 from minitron.config.compose import load_resolved
 from minitron.config.run import RunConfig
-from minitron.config.search import RESULT, SEARCH
+from minitron.config.search import RESULT, SEARCH, candidate_training
 from minitron.config.trainings import TRAININGS, in_step, settings_of
 from minitron.errors import ArtefactError, PlatformError
 from minitron.log import complain
@@ -137,13 +137,19 @@ def _status(
 def _training(folder: Path, stage: str, config: RunConfig) -> tuple[int | None, int | None, float | None, float | None]:
     """Step, number of steps, loss and seconds left of a stage that trains."""
     *place, name = stage.split("/")
-    if name not in TRAININGS:
+    seq_length = config.data.seq_length
+    if place[:1] == [SEARCH] and name.startswith("distill_"):  # a candidate, up to the step of that number
+        settings = candidate_training(config.distill.train, config.search, seq_length=seq_length)
+        num_steps = int(name.removeprefix("distill_"))
+    elif name in TRAININGS:
+        for step_config in config.chain:
+            if place and step_config.name == place[-1]:
+                config = in_step(config, step_config)
+        settings = settings_of(config, name)
+        num_steps = settings.num_steps(seq_length)
+    else:
         return None, None, None, None
-    for step_config in config.chain:
-        if place and step_config.name == place[-1]:
-            config = in_step(config, step_config)
-    settings, seq_length = settings_of(config, name), config.data.seq_length
-    num_steps, records = settings.num_steps(seq_length), read_metrics(folder)
+    records = read_metrics(folder)
     if not records:
         return 0, num_steps, None, None
     last = records[-1]

@@ -1,5 +1,6 @@
 """launch=slurm: a run's stages as jobs of the cluster, each after those whose results it reads."""
 
+import contextlib
 import os
 import shutil
 import sys
@@ -57,14 +58,14 @@ def submit_run(
     console = Console(soft_wrap=True)
     place = _place(config, run)
     check_mounts(config, place)
-    given = config
-    if config.cluster.gpus_per_node and config.device is Device.auto:
+    given, cluster = config, config.cluster
+    if cluster.gpus_per_node and config.device is Device.auto:
         config = replace(config, device=Device.cuda)  # a node without its GPUs is an error, not a slow job
+    elif config.device is Device.cpu:  # as many ranks, and no GPU of theirs
+        cluster = replace(cluster, gpus_per_node=0, ranks_per_node=cluster.most_ranks)
     arguments = [str(place.folder / RESOLVED_FILE), str(place.folder / OUTSIDE_FILE)]
     scripts = {
-        job.name: render_script(
-            job, [arguments[0], ",".join(job.stages), arguments[1]], place, config.launch, config.cluster
-        )
+        job.name: render_script(job, [arguments[0], ",".join(job.stages), arguments[1]], place, config.launch, cluster)
         for job in jobs
     }
     if config.launch.dry_run:
@@ -75,7 +76,6 @@ def submit_run(
         return
     if wanted:
         refuse_while_running(run)
-    write_resolved(run, given, wanted)
     try:
         place.folder.mkdir(parents=True)
         (place.folder / RESOLVED_FILE).write_text(to_yaml(config), encoding="utf-8")
@@ -87,6 +87,8 @@ def submit_run(
     except OSError as error:
         raise storage_error(error, place.folder) from error
     numbers = _submit_all(jobs, place, noted=bool(wanted))
+    if wanted:
+        write_resolved(run, given, wanted)
     console.print(_table(jobs, numbers))
     status = f"; how it goes: minitron status {run.path}" if wanted else ""
     console.print(f"scripts and logs: {place.folder}/{status}", highlight=False)
@@ -180,6 +182,9 @@ def _submit_all(jobs: Sequence[Job], place: Place, *, noted: bool) -> dict[str, 
     except (MinitronError, OSError) as error:
         if isinstance(error, NoSlurmError) and not numbers:
             shutil.rmtree(place.folder)  # scripts that nobody has
+            for folder in (place.folder.parent, place.run):
+                with contextlib.suppress(OSError):  # it has more than these
+                    folder.rmdir()
         cancel(list(numbers.values()))
         raise
     return numbers

@@ -23,6 +23,8 @@ from minitron.config.store import register
 from minitron.config.validate import validate
 from minitron.errors import ConfigError, MinitronError, ModelError
 
+_ADD_VARIABLE = "'+cluster.variables={NAME: {value: ..., why: ...}}'"
+
 
 def config_dir() -> Path:
     """The folder of YAML files: inside an installed package, or beside it in a checkout.
@@ -195,6 +197,8 @@ def _raise_in_one_line(error: Exception, overrides: Sequence[str]) -> NoReturn:
     override = re.search(r"Could not override '([^']+)'", str(error))
     if full_key and "is not a ListConfig" in text:
         raise ConfigError(_no_list(full_key.group(1), overrides)) from None
+    if any(re.match(r"\+*cluster\.variables", words) for words in overrides) and "VariableConfig" in text:
+        raise ConfigError(f"cluster.variables: add a variable with {_ADD_VARIABLE}") from None
     if override and len(chain) > 1 and _is_key(override.group(1)):  # what is wrong is inside of its value
         raise ConfigError(f"{override.group(1)}: {str(chain[1]).splitlines()[0]}") from None
     if override or re.match(r"Key '[^']*' (not in|is not in)", first):
@@ -237,6 +241,8 @@ def _is_key(key: str) -> bool:
 
 def _close_keys(key: str) -> str:
     """The keys that a mistyped one may have meant."""
+    if key.startswith("cluster.variables"):
+        return f"; add a variable with {_ADD_VARIABLE}"
     known = list(flat_values(RunConfig(), "run"))
     close = difflib.get_close_matches(f"run.{key}", known, n=2, cutoff=0.75)
     if close:

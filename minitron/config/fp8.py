@@ -110,7 +110,9 @@ def misaligned(model: ModelConfig, recipe: Fp8Recipe, tensor_model_parallel_size
     for width in widths_per_rank(model, tensor_model_parallel_size):
         if width.size % multiple:
             lower = width.size - width.size % multiple
-            near = " or ".join(str(size) for size in (lower, lower + multiple) if size)
+            shared = 1 if width.name == f"hidden_size={model.hidden_size}" else tensor_model_parallel_size
+            near = " or ".join(str(size * shared) for size in (lower, lower + multiple) if size)
+            near += f" / {shared}" if shared > 1 else ""
             equals = "" if width.name.endswith(f"={width.size}") else f" = {width.size}"
             return f"{width.name}{equals} is not a multiple of {multiple} (nearest: {near})"
     return None

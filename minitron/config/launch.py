@@ -121,6 +121,14 @@ class VariableConfig:
     why: str = ""
     """The reason, shown beside it in the scripts."""
 
+    def __post_init__(self) -> None:
+        """Refuse what a script would read as something else."""
+        if re.search(r'["$`\\\n]', self.value) or "\n" in self.why:
+            raise ConfigError(
+                f"cluster.variables: the value {self.value!r} ({self.why!r}) must be one line without quotes, $, ` and "
+                "backslashes"
+            )
+
 
 @dataclass(kw_only=True)
 class ClusterConfig:
@@ -170,6 +178,9 @@ class ClusterConfig:
             raise ConfigError(
                 f"cluster.gpus_per_node=0 needs cluster.ranks_per_node of at least 1, but it is {self.ranks_per_node}"
             )
+        for name in self.variables:
+            if not re.fullmatch(r"[A-Za-z_]\w*", name):
+                raise ConfigError(f"cluster.variables has {name!r}, which is no name of an environment variable")
         for option in self.options:
             if not option.startswith("-"):
                 raise ConfigError(f"cluster.options has {option!r}; each is an option of sbatch, such as --nice=10")

@@ -3,26 +3,22 @@
 import math
 from dataclasses import dataclass
 
-from minitron.config.gpus import GPUS, Gpu
-from minitron.config.precision import Dtype
+from minitron.config.gpus import Gpu
 from minitron.errors import ConfigError
 
 
 @dataclass(kw_only=True)
 class PlanConfig:
-    """The machine that the figures of `minitron plan` are for. No result depends on it.
+    """The machine that the figures of `minitron plan` are for. No result depends on it."""
 
-    With ``launch=slurm`` it is the cluster's nodes: ``cluster.gpu`` and ``cluster.gpus_per_node`` where they are set.
-    """
-
-    gpu: Gpu = Gpu.h100
-    """Kind of GPU: its memory and peak."""
+    gpu: Gpu | None = None
+    """Kind of GPU: its memory and peak; null is ``cluster.gpu``, and h100 where that is null too."""
     peak_tflops: float | None = None
     """Peak of one GPU in 10^12 FLOPs a second; null takes the data sheet's, dense, in ``precision.dtype``."""
     utilization: float = 0.4
     """Part of the peak that training reaches, by the FLOPs of the model (MFU)."""
-    gpus_per_node: int = 8
-    """GPUs of one node."""
+    gpus_per_node: int | None = None
+    """GPUs of one node; null is ``cluster.gpus_per_node``, and 8 where that is 0."""
 
     def __post_init__(self) -> None:
         """Refuse values that cannot be."""
@@ -30,10 +26,5 @@ class PlanConfig:
             raise ConfigError(f"plan.peak_tflops={self.peak_tflops} must be a number above 0, or null")
         if not 0 < self.utilization <= 1:
             raise ConfigError(f"plan.utilization={self.utilization} must be above 0 and at most 1, such as 0.4")
-        if self.gpus_per_node < 1:
+        if self.gpus_per_node is not None and self.gpus_per_node < 1:
             raise ConfigError(f"plan.gpus_per_node={self.gpus_per_node} must be at least 1")
-
-    def flops_per_second(self, dtype: Dtype) -> float:
-        """FLOPs that one GPU does in a second of training."""
-        peak = GPUS[self.gpu].tflops[dtype] if self.peak_tflops is None else self.peak_tflops
-        return 1e12 * peak * self.utilization

@@ -9,6 +9,7 @@ from enum import StrEnum
 from minitron.config.data import DataConfig
 from minitron.config.depth import depth_plan
 from minitron.config.distill import DistillConfig
+from minitron.config.gpus import Gpu
 from minitron.config.launch import ClusterConfig, LaunchConfig
 from minitron.config.line import AblationConfig, ChainStepConfig, CorrectionConfig
 from minitron.config.model import Architecture, ModelConfig
@@ -185,6 +186,11 @@ class RunConfig:
         """Check what concerns no other section."""
         if not re.fullmatch(r"\w[\w.+=-]*", self.name):
             raise ConfigError(f"name={self.name!r} must be a plain folder name: letters, digits and ._+=-")
+
+    @property
+    def planned_gpu(self) -> Gpu:
+        """The kind of GPU that `minitron plan` counts with."""
+        return self.plan.gpu or self.cluster.gpu or Gpu.h100
 
     @property
     def fp8_recipes(self) -> dict[str, Fp8Recipe]:

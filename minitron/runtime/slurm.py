@@ -125,7 +125,13 @@ def _header(job: Job, place: Place, launch: LaunchConfig, cluster: ClusterConfig
         options.append(f"--signal=USR1@{launch.signal_lead_s}")
     for name, value in (("partition", partition), ("account", cluster.account), ("qos", cluster.qos)):
         options += [f"--{name}={value}"] if value else []
-    return [*options, *cluster.options]
+    return [_one_word(option) for option in (*options, *cluster.options)]
+
+
+def _one_word(option: str) -> str:
+    """An option of sbatch whose value may have spaces."""
+    name, equals, value = option.partition("=")
+    return f'{name}{equals}"{value}"' if any(letter.isspace() for letter in value) else option
 
 
 def _environment(job: Job, place: Place, launch: LaunchConfig, cluster: ClusterConfig) -> str:

@@ -51,18 +51,20 @@ def test_machine_is_a_choice(capsys: pytest.CaptureFixture[str]) -> None:
     assert hours["plan.utilization=0.2"] == hours["plan.peak_tflops=494.5"]
 
 
-def test_on_slurm_the_machine_is_the_cluster(capsys: pytest.CaptureFixture[str]) -> None:
-    asked = ["plan", EXPERIMENT, "launch=slurm", "plan.gpu=b200"]
-    for cluster, shown in (
+def test_the_machine_is_the_cluster_s_unless_it_is_named(capsys: pytest.CaptureFixture[str]) -> None:
+    for words, shown in (
         (["cluster=dgx_a100"], "32 x 8 a100 GPUs"),
-        (["cluster=dgx_h100", "cluster.gpus_per_node=4"], "64 x 4 h100 GPUs"),
-        (["cluster=dgx_h100", "cluster.gpu=null"], "32 x 8 b200 GPUs"),
-        (["cluster=generic"], "32 x 8 b200 GPUs"),
+        (["cluster=dgx_h100", "cluster.gpus_per_node=4", "launch=slurm"], "64 x 4 h100 GPUs"),
+        (["cluster=dgx_h100", "plan.gpu=b200", "plan.gpus_per_node=16"], "16 x 16 b200 GPUs"),
+        (["cluster=dgx_h100", "cluster.gpu=null"], "32 x 8 h100 GPUs"),
+        (["cluster=generic"], "32 x 8 h100 GPUs"),
     ):
-        assert main([*asked, *cluster]) == 0
+        assert main(["plan", EXPERIMENT, *words]) == 0
         assert shown in capsys.readouterr().out
-    assert main([*asked, "cluster=dgx_a100", "precision=fp8_delayed"]) == 3
+    assert main(["plan", EXPERIMENT, "cluster=dgx_a100", "precision=fp8_delayed"]) == 3
     assert "cluster.gpu=a100 cannot do precision.fp8_recipe=delayed" in capsys.readouterr().err
+    assert main(["plan", EXPERIMENT, "launch=slurm", "precision=fp8_delayed"]) == 3
+    assert "precision.fp8_recipe=delayed needs GPUs, but cluster.gpus_per_node=0" in capsys.readouterr().err
 
 
 def test_what_does_not_fit_is_said(capsys: pytest.CaptureFixture[str]) -> None:

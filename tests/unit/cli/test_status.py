@@ -159,6 +159,16 @@ def test_a_search_s_stages(run: Path) -> None:
     assert done == {"import", "prune", "search/L3-h64/prune", "search/result"}
 
 
+def test_steps_of_a_candidate(run: Path) -> None:
+    folder = run / ".partial" / "search" / "L3-h64" / "distill_40"
+    folder.mkdir(parents=True)
+    (folder / "digest").write_text("d")
+    (folder / "metrics.jsonl").write_text(json.dumps({"step": 30, "loss": 2.0, "tokens_per_s": 512.0}) + "\n")
+    [row] = [row for row in status_of(run) if row.stage.startswith("search/")]
+    # 10 steps of 256 tokens at 512 tokens/s
+    assert (row.state, row.step, row.num_steps, row.loss, row.seconds) == ("begun", 30, 40, 2.0, 5.0)
+
+
 def test_a_configuration_of_another_version_is_one_line(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = run / "resolved.yaml"
     file.write_text(file.read_text() + "no_such_key: 1\n")

@@ -4,9 +4,6 @@ A few lines of shell stand in for SLURM's programs; the real ones run in tests/l
 """
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -20,7 +17,7 @@ from minitron.config.run import Device
 from minitron.pipeline import outside_hashes, plan_stages
 from minitron.runtime.artefact import RunFolder, read_wanted
 from minitron.runtime.slurm import job_states, read_jobs
-from tests.unit.cli.conftest import FAKE, SLURM, Compress
+from tests.unit.cli.conftest import SLURM, Compress
 
 TWO = ["parallel.pipeline_model_parallel_size=2"]
 
@@ -251,6 +248,48 @@ def test_a_preflight_is_a_job_of_the_whole_allocation_beside_others(
     assert f"{run}/jobs/002/resolved.yaml \\\n    preflight \\\n" in script
     assert read_jobs(run) == [(101, "import", ["import"])]
     assert read_wanted(run) == ["import"]
+    assert load_resolved(run / "resolved.yaml").parallel.pipeline_model_parallel_size == 1  # import's, as it was
+    assert "#SBATCH --time=00:20:00\n" in script
+    assert compress("cluster=dgx_a100", "precision=fp8_current", verb="preflight") == 10
+    assert "cannot run on cluster.gpu=a100" in capsys.readouterr().err
+
+
+def test_values_with_spaces_reach_sbatch_in_one_piece(
+    compress: Compress, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    spaced = [f"runs_dir='{tmp_path}/my runs'", "cluster.account='large models'", "cluster.options=['--comment=a b']"]
+    assert compress(*spaced, "launch.dry_run=true", verb="import") == 0
+    script = capsys.readouterr().out
+    assert f'#SBATCH --output="{tmp_path}/my runs/tiny/jobs/001/import-%j.log"\n' in script
+    assert '#SBATCH --account="large models"\n' in script
+    assert '#SBATCH --comment="a b"\n' in script
+
+
+def test_a_variable_of_one_s_own(compress: Compress, capsys: pytest.CaptureFixture[str]) -> None:
+    dry = ["cluster=dgx_h100", "launch.dry_run=true", "parallel.data_parallel_size=8"]
+    dry += ["distill.train.micro_batch_size=1"]
+    assert compress(*dry, "+cluster.variables={NCCL_IB_TC: {value: 106, why: our switches}}") == 0
+    out = capsys.readouterr().out
+    assert 'export NCCL_IB_TC="${NCCL_IB_TC:-106}" # our switches\n' in out
+    assert 'export NCCL_DEBUG="${NCCL_DEBUG:-WARN}"' in out  # the cluster's own are kept
+    for words in ("+cluster.variables.A.value=1", "cluster.variables={A: {value: 1, why: b}}", "cluster.variables.A=1"):
+        assert compress(*dry, words) == 3
+        assert "add a variable with '+cluster.variables={NAME: {value: ..., why: ...}}'" in capsys.readouterr().err
+    for words, said in (("{A: {value: '$(id)', why: b}}", "'$(id)'"), ("{A B: {value: 1, why: b}}", "'A B'")):
+        assert compress(*dry, f"+cluster.variables={words}") == 3
+        assert said in capsys.readouterr().err
+
+
+def test_a_cluster_without_slurm_is_refused(compress: Compress, capsys: pytest.CaptureFixture[str]) -> None:
+    assert compress("launch=local", "cluster.account=llm") == 3
+    assert "cluster=generic is read with launch=slurm only, but launch=local; leave it out" in capsys.readouterr().err
+
+
+def test_on_the_cpu_the_nodes_gpus_are_not_asked_for(compress: Compress, capsys: pytest.CaptureFixture[str]) -> None:
+    assert compress("cluster=dgx_h100", "device=cpu", "launch.dry_run=true", *TWO, verb="preflight") == 0
+    out = capsys.readouterr().out
+    assert "#SBATCH --ntasks-per-node=2\n" in out
+    assert "gpus-per-node" not in out
 
 
 def test_a_gpu_cluster_computes_on_gpus(compress: Compress, slurm: Path, tmp_path: Path) -> None:
@@ -290,7 +329,7 @@ def test_no_slurm_here(
     assert "sbatch cannot be started (No such file or directory); launch=slurm needs a machine that can submit" in (
         capsys.readouterr().err
     )
-    assert not list(tmp_path.glob("runs/tiny/jobs/*"))
+    assert not (tmp_path / "runs" / "tiny").exists()
 
 
 @pytest.mark.parametrize(
@@ -309,85 +348,3 @@ def test_no_cluster_behind_sbatch(
     assert line.startswith("error: SLURM's controller was not reached (sbatch: ")
     assert line.endswith("submit from a machine of the cluster, and see SLURM_CONF and `scontrol ping`")
     assert not list(tmp_path.glob("runs/tiny/jobs/*"))
-
-
-def test_shells_agree_with_the_scripts(compress: Compress, slurm: Path, tmp_path: Path) -> None:
-    """Values with quotes and spaces reach the ranks as they are; shellcheck has nothing to say."""
-    assert compress("cluster=dgx_a100", "launch.python='/opt/my python/bin/python'", verb="import") == 0
-    folder = tmp_path / "runs" / "tiny" / "jobs" / "001"
-    (slurm / "srun").write_text('#!/bin/bash\nprintf "%s\\n" "$@"\nexit 7\n')
-    (slurm / "srun").chmod(0o755)
-    env = {**os.environ, "SLURM_JOB_ID": "5", "SLURM_JOB_NODELIST": "n1", "SLURM_CPUS_PER_TASK": "2"}
-    done = subprocess.run(["bash", folder / "import.sbatch"], env=env, capture_output=True, text=True, check=False)
-    assert done.returncode == 7, done.stderr
-    assert "job 5 on n1, attempt 1" in done.stdout
-    assert "\n/opt/my python/bin/python\n-m\nminitron.cli.worker\n" in done.stdout
-    assert "-- ended with exit code 7" in done.stdout
-    shellcheck = Path(sys.executable).with_name("shellcheck")
-    assert shellcheck.exists()
-    scripts = [folder / "import.sbatch", folder / "common.sh"]
-    checked = subprocess.run(
-        [shellcheck, "--exclude=SC1091,SC2034", *scripts], capture_output=True, text=True, check=False
-    )
-    assert checked.returncode == 0, checked.stdout
-
-
-def test_a_job_ends_with_the_code_of_the_error_not_of_the_ranks_that_it_cut_off(
-    compress: Compress, slurm: Path, tmp_path: Path
-) -> None:
-    assert compress(verb="import") == 0
-    jobs = tmp_path / "runs" / "tiny" / "jobs"
-    (jobs / "5.code").write_text("3\n")  # of the attempt before
-    (slurm / "srun").write_text(f"#!/bin/bash\n[ -e {jobs}/5.code ] || echo 10 >{jobs}/5.code\nexit 143\n")
-    (slurm / "srun").chmod(0o755)
-    env = {**os.environ, "SLURM_JOB_ID": "5", "SLURM_JOB_NODELIST": "n1"}
-    done = subprocess.run(
-        ["bash", jobs / "001" / "import.sbatch"], env=env, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 10, done.stderr
-    assert "-- ended with exit code 10" in done.stdout
-    assert "requeue" not in (slurm / "calls").read_text()
-
-
-@pytest.mark.parametrize(("since", "code"), [("2026-11-28T10:34:00", 75), ("None", 10)])
-def test_a_job_that_slurm_takes_off_its_nodes_goes_back_into_the_queue(
-    compress: Compress, slurm: Path, tmp_path: Path, since: str, code: int
-) -> None:
-    """Whatever the ranks made of SIGTERM, such as a lost peer; one that was done by then is done."""
-    assert compress(verb="import") == 0
-    jobs = tmp_path / "runs" / "tiny" / "jobs"
-    shown = f"JobId=5 PreemptEligibleTime=2026-11-28T10:33:49 PreemptTime={since} SuspendTime=None"
-    (slurm / "scontrol").write_text(f"{FAKE}\necho '{shown}'\n")
-    (slurm / "scontrol").chmod(0o755)
-    env = {**os.environ, "SLURM_JOB_ID": "5", "SLURM_JOB_NODELIST": "n1"}
-    for ranks, ended in ((f"echo 10 >{jobs}/5.code; exit 143", code), ("exit 0", 0)):
-        (slurm / "srun").write_text(f"#!/bin/bash\n{ranks}\n")
-        (slurm / "srun").chmod(0o755)
-        script = ["bash", jobs / "001" / "import.sbatch"]
-        done = subprocess.run(script, env=env, capture_output=True, text=True, check=False)
-        assert done.returncode == ended, done.stderr
-        assert ("preempted: back into the queue" in done.stdout) == (ended == 75)
-    assert (slurm / "calls").read_text().splitlines().count("scontrol requeue 5") == (code == 75)
-
-
-@pytest.mark.parametrize(("stops", "code"), [(True, 75), (False, 0)])
-def test_a_job_that_stopped_saved_goes_back_into_the_queue(
-    compress: Compress, slurm: Path, tmp_path: Path, stops: bool, code: int
-) -> None:
-    assert compress(verb="import") == 0
-    jobs = tmp_path / "runs" / "tiny" / "jobs"
-    (jobs / "5.stopped").touch()  # of the attempt before: it says nothing about this one
-    leave_mark = (
-        f"touch {jobs}/5.stopped; exit 137" if stops else "exit 0"
-    )  # cut off while it ended: saved all the same
-    (slurm / "srun").write_text(f"#!/bin/bash\n{leave_mark}\n")
-    (slurm / "scontrol").write_text(FAKE)
-    for name in ("srun", "scontrol"):
-        (slurm / name).chmod(0o755)
-    env = {**os.environ, "SLURM_JOB_ID": "5", "SLURM_JOB_NODELIST": "n1", "SLURM_RESTART_COUNT": "1"}
-    done = subprocess.run(
-        ["bash", jobs / "001" / "import.sbatch"], env=env, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == code, done.stderr
-    assert "attempt 2" in done.stdout
-    assert ("scontrol requeue 5" in (slurm / "calls").read_text().splitlines()) == stops

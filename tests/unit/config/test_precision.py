@@ -173,7 +173,10 @@ def test_an_unmet_need_says_what_is_needed() -> None:
             {"ffn_hidden_size": 9216, "num_attention_heads": 64, "num_query_groups": 64},
             Fp8Recipe.mxfp8,
             64,
-            "ffn_hidden_size=9216 / tensor_model_parallel_size=64 = 144 is not a multiple of 32 (nearest: 128 or 160)",
+            (
+                "ffn_hidden_size=9216 / tensor_model_parallel_size=64 = 144 is not a multiple of 32 "
+                "(nearest: 8192 or 10240 / 64)"
+            ),
         ),
         (
             {"kv_channels": 20, "num_attention_heads": 8, "num_query_groups": 4},
@@ -181,7 +184,7 @@ def test_an_unmet_need_says_what_is_needed() -> None:
             4,
             (
                 "num_attention_heads=8 x kv_channels=20 / tensor_model_parallel_size=4 = 40 is not a multiple of 16 "
-                "(nearest: 32 or 48)"
+                "(nearest: 128 or 192 / 4)"
             ),
         ),
         (
