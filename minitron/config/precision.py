@@ -55,7 +55,7 @@ class PrecisionConfig:
     fp8_recipe: Fp8Recipe = Fp8Recipe.delayed
     """How FP8 tensors are scaled: delayed, tensorwise, blockwise, mxfp8."""
     fp8_amax_history_len: int = 1024
-    """For ``delayed``: steps whose maxima count."""
+    """For ``delayed``: micro-batches of a rank whose maxima count."""
     fp8_amax_compute_algo: AmaxComputeAlgo = AmaxComputeAlgo.max
     """For ``delayed``: the largest of the history, or the most recent."""
     first_last_layers_bf16: bool = False

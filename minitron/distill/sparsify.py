@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from minitron.config.logit_loss import CUDA_CHUNK_BYTES
 from minitron.config.teacher_logits import CacheMethod, TeacherLogitsConfig
 from minitron.data.order import random_state
 from minitron.distill.cache_format import Array, Entries
@@ -19,6 +20,7 @@ DRAW_SEED = 250316870
 """With the sample index, the seed of a sequence's draws: no layout, run or batch size changes them."""
 
 _CHUNK_BYTES = 32 * 2**20
+"""Of fp64 sums on a CPU; a GPU takes `CUDA_CHUNK_BYTES`, for products that fill it."""
 
 
 class _Softmax(NamedTuple):
@@ -52,7 +54,8 @@ def sparse_entries(
     length = hidden_SH.shape[0]
     sampled = settings.method is CacheMethod.sampled
     draws_SN = torch.from_numpy(stratified_draws(sample, length, settings.num_draws)) if sampled else None
-    chunk = max(1, _CHUNK_BYTES // (8 * vocab.num_columns))
+    budget = CUDA_CHUNK_BYTES if hidden_SH.is_cuda else _CHUNK_BYTES
+    chunk = max(1, budget // (8 * vocab.num_columns))
     ids, weights, entropy = [], [], []
     for start in range(0, length, chunk):
         logits_Cv = hidden_SH[start : start + chunk] @ weight_vH[: vocab.num_valid].t()

@@ -6,7 +6,8 @@ from torch import Tensor
 from minitron.errors import ConfigError, DataError, LayoutError
 from minitron.losses.sparse import SparseTarget
 
-_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+_DTYPES = (torch.bfloat16, torch.float32, torch.float64)
+"""Not fp16: gradients are written before the backward pass brings its loss scale, and most would be 0."""
 
 
 def token_weights(token_weights_T: Tensor | None, tokens: Tensor) -> Tensor:
@@ -26,7 +27,7 @@ def check_matrix(name: str, tensor: Tensor) -> None:
     if tensor.dim() != 2:
         raise LayoutError(f"{name}: shape {list(tensor.shape)}, expected two dimensions; flatten the tokens first")
     if tensor.dtype not in _DTYPES:
-        raise ConfigError(f"{name}: {tensor.dtype}, expected bf16, fp16, fp32 or fp64")
+        raise ConfigError(f"{name}: {tensor.dtype}, expected bf16, fp32 or fp64")
 
 
 def check_linear(who: str, hidden_TH: Tensor, weight_vH: Tensor) -> None:

@@ -192,12 +192,14 @@ def cosine(block: Block[Tensor]) -> Tensor:
 def cross_entropy(block: Block[Tensor]) -> Tensor:
     """Cross-entropy with label ids, lse(s) - s_label, with gradient q - onehot(label).
 
-    A label outside the vocabulary gives NaN.
+    A label outside the vocabulary gives NaN, in the gradient too.
     """
     student_Cv, target, grad_Cv, weight_C, vocab, scratch = block
     index_C = target - vocab.start
     here_C = (index_C >= 0) & (index_C < vocab.num_valid)
     index_C1 = index_C.clamp(0, max(0, vocab.num_valid - 1))[:, None]
+    known_C = (target >= 0) & (target < vocab.vocab_size)
+    weight_C = weight_C.where(known_C, torch.nan)
     label_C = torch.zeros_like(weight_C)
     if vocab.num_valid:
         label_C = student_Cv.gather(1, index_C1).squeeze(1).where(here_C, label_C)
@@ -207,5 +209,4 @@ def cross_entropy(block: Block[Tensor]) -> Tensor:
     if grad_Cv is not None and vocab.num_valid:
         torch.mul(local.over_all(softmax, vocab), weight_C[:, None], out=grad_Cv)
         grad_Cv.scatter_add_(1, index_C1, (-weight_C * here_C)[:, None])
-    known_C = (target >= 0) & (target < vocab.vocab_size)
     return (softmax.max_C - label_C + sum_C.log()).where(known_C, torch.nan)

@@ -11,6 +11,7 @@ inputs are computed in fp64.
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -208,12 +209,11 @@ def _accumulate(grad_vH: Tensor, grad_logits_Cv: Tensor, hidden_CH: Tensor) -> N
     if grad_vH.dtype == hidden_CH.dtype:
         grad_vH.addmm_(grad_logits_Cv.t(), hidden_CH)
         return
-    if grad_vH.is_cuda:  # cuBLAS adds to a wider sum by itself
-        torch.addmm(grad_vH, grad_logits_Cv.t(), hidden_CH, out_dtype=grad_vH.dtype, out=grad_vH)
-        return
-    for start in range(0, grad_vH.shape[0], 8192):  # by rows: the product in the narrow dtype stays small
+    # cuBLAS writes its sums as they are, in fp32 (adding to a sum that is there, torch before 2.10 cannot).
+    product = partial(torch.mm, out_dtype=grad_vH.dtype) if grad_vH.is_cuda else torch.mm
+    for start in range(0, grad_vH.shape[0], 8192):  # by rows: the product stays small
         rows = slice(start, start + 8192)
-        grad_vH[rows] += grad_logits_Cv[:, rows].t() @ hidden_CH
+        grad_vH[rows] += product(grad_logits_Cv[:, rows].t(), hidden_CH)
 
 
 def _scale(grad: Tensor, grad_loss: Tensor) -> Tensor:

@@ -101,8 +101,10 @@ class SparseKL:
     rest: TopKRest | None
 
     def __call__(self, block: Block[SparseTarget]) -> Tensor:
-        """Compute one block, see `Divergence`. An id outside the vocabulary gives NaN."""
+        """Compute one block, see `Divergence`. An id outside the vocabulary gives NaN, in the gradient too."""
         student_Cv, target, grad_Cv, weight_C, vocab, _ = block
+        known_C = ((target.ids_TK >= -1) & (target.ids_TK < vocab.vocab_size)).all(-1)
+        weight_C = weight_C.where(known_C, torch.nan)
         ids_CK, probs_CK = target.ids_TK, target.probs_TK.to(student_Cv.dtype)
         if self.rest is TopKRest.renormalize:
             mass_C = probs_CK.sum(-1, keepdim=True)
@@ -126,7 +128,6 @@ class SparseKL:
             loss_C += torch.special.xlogy(probs_CK, probs_CK).sum(-1)
         rest_log_q_C = (split.rest_lse_C - lse_C).where(ghost_C > 0, 0)
         loss_C += torch.special.xlogy(ghost_C, ghost_C) - ghost_C * rest_log_q_C
-        known_C = ((ids_CK >= -1) & (ids_CK < vocab.vocab_size)).all(-1)
         return loss_C.where(known_C, torch.nan)
 
     def _write_gradient(

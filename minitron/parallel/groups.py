@@ -105,6 +105,7 @@ def model_parallel(parallel: ParallelConfig, *, seed: int) -> Iterator[Groups]:
         tensor_model_parallel_size=parallel.tensor_model_parallel_size,
         pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
         context_parallel_size=parallel.context_parallel_size,
+        create_gloo_process_groups=False,  # of no use here: the optimizer gathers its state in the groups it has
     )
     model_parallel_cuda_manual_seed(seed, force_reset_rng=True)
     try:
@@ -165,7 +166,7 @@ def _second_layout(parallel: ParallelConfig) -> SecondLayout:
         parallel_state.initialize_model_parallel(
             tensor_model_parallel_size=parallel.tensor_model_parallel_size,
             pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
-            create_gloo_process_groups=False,  # they serve the optimizer's checkpoints
+            create_gloo_process_groups=False,
         )
         return SecondLayout(_groups_in_force(), _state())
     finally:

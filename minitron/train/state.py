@@ -29,7 +29,7 @@ _OPTIMIZER_FORMAT = {"distrib_optim_sharding_type": "fully_reshardable"}
 def save_state(trainable: Trainable, folder: Path, *, step: int) -> None:
     """Write ``folder/step_<step>``, then drop the older ones.
 
-    The folder gets its name only when all of it is written, so one that exists is complete.
+    The folder gets its name only when all of it is written, so one that exists is complete, and is kept as it is.
 
     Args:
         trainable: What to save.
@@ -39,14 +39,16 @@ def save_state(trainable: Trainable, folder: Path, *, step: int) -> None:
     final = folder / _name(step)
     partial = folder / f".{final.name}.partial"
     rank = torch.distributed.get_rank()
+    is_there = [final.exists()]
     if rank == 0:
         shutil.rmtree(partial, ignore_errors=True)
-    torch.distributed.barrier()
+    torch.distributed.broadcast_object_list(is_there, src=0)
+    if is_there[0]:
+        return
     with saved_in_place(trainable.optimizer):
         save_sharded(_state_dict(trainable, is_loading=False), partial)
     if rank == 0:
         (partial / "step.json").write_text(json.dumps({"step": step}))
-        shutil.rmtree(final, ignore_errors=True)
         partial.rename(final)
         for older in saved_steps(folder):
             if older != step:

@@ -65,4 +65,8 @@ def test_an_unknown_label_makes_the_loss_nan() -> None:
     """On a GPU nobody looks at the labels: that would wait for the device."""
     student, rows, _, _ = _inputs(torch.float32)
     labels_T = torch.full((TOKENS,), VOCAB, device="cuda")
-    assert linear_cross_entropy(student, rows, labels_T, vocab_size=VOCAB).isnan()
+    loss = linear_cross_entropy(student, rows, labels_T, vocab_size=VOCAB)
+    loss.backward()
+    assert loss.isnan()
+    assert student.grad is not None
+    assert student.grad.isnan().any(), "or the guard of updates would not see it"

@@ -51,6 +51,18 @@ def test_fp32_across_many_blocks() -> None:
     assert_as_exact_as(plain, have, loss_and_grads(torchs(case), *student))
 
 
+@pytest.mark.parametrize("label", [-1, 11])
+def test_a_label_that_nobody_looked_at_shows_in_the_gradient(monkeypatch: pytest.MonkeyPatch, label: int) -> None:
+    """As on a GPU, where looking would wait: the guard of updates sees gradients alone."""
+    monkeypatch.setattr("minitron.losses.fused.check_labels", lambda *_args: None)
+    case = make_case(num_tokens=5, vocab_size=11, num_rows=16)
+    case.labels_T[2] = label
+    loss, hidden_TH, weight_VH = loss_and_grads(ours(case), case.student_hidden_TH, case.student_weight_VH)
+    assert loss.isnan()
+    assert hidden_TH.isnan().any(-1).tolist() == [token == 2 for token in range(5)]
+    assert weight_VH[: case.vocab_size].isnan().all()
+
+
 def test_gradcheck() -> None:
     case = make_case(num_tokens=5, vocab_size=7, num_rows=8)
     student = (case.student_hidden_TH.requires_grad_(), case.student_weight_VH.requires_grad_())

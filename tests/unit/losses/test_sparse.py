@@ -183,6 +183,21 @@ def test_an_entry_of_probability_zero(rest: TopKRest | None) -> None:
     assert_close((loss, grad_1V[0]), (want, want_V), rtol=1e-12, atol=1e-13)
 
 
+@pytest.mark.parametrize("rest", [None, *TopKRest])
+def test_an_id_that_nobody_looked_at_shows_in_the_gradient(
+    monkeypatch: pytest.MonkeyPatch, rest: TopKRest | None
+) -> None:
+    monkeypatch.setattr("minitron.losses.fused.check_sparse", lambda *_args, **_kwargs: None)
+    case = make_case()
+    ids_TK = torch.arange(3).repeat(len(case.student_hidden_TH), 1)
+    ids_TK[4, 1] = case.vocab_size
+    probs_TK = torch.full(ids_TK.shape, 0.25, dtype=case.student_hidden_TH.dtype)
+    target = SparseTarget(ids_TK, probs_TK, torch.zeros(len(ids_TK)))
+    loss, hidden_TH, _ = loss_and_grads(sparse(case, target, rest), case.student_hidden_TH, case.student_weight_VH)
+    assert loss.isnan()
+    assert hidden_TH.isnan().any(-1).nonzero().flatten().tolist() == [4]
+
+
 def test_random_samples_average_to_the_full_divergence() -> None:
     """Ids drawn from the teacher, probability = count / draws: value and gradient are unbiased.
 
