@@ -77,6 +77,7 @@ class BesideTeacher:
         is_own_layout: Whether the layout is not the student's; then its states arrive as whole sequences.
         state_bytes: Bytes that it leaves for one token on the ranks of the last stage: final state, or cached entries.
         inner_bytes: Bytes of intermediate states for one token on the ranks of each of the student's stages.
+        with_cross_entropy: Whether cross-entropy is mixed in: a loss of its own, with gradients of its own.
     """
 
     model: ModelConfig | None
@@ -85,6 +86,7 @@ class BesideTeacher:
     is_own_layout: bool
     state_bytes: float
     inner_bytes: tuple[float, ...]
+    with_cross_entropy: bool = False
 
 
 def stage_parameters(model: ModelConfig, parallel: ParallelConfig, *, vocab_rows: int | None = None) -> list[int]:
@@ -231,9 +233,17 @@ def _activations(model: ModelConfig, parallel: ParallelConfig, dtype: Dtype, bat
 def _teacher_bytes(teacher: BesideTeacher, student: ModelConfig, parallel: ParallelConfig, stage: int) -> float:
     if teacher.model is None:
         return 0.0
-    rows = padded_vocab_size(student.vocab_size, parallel.tensor_model_parallel_size)
-    numels = stage_parameters(teacher.model, teacher.parallel, vocab_rows=None if teacher.is_own_layout else rows)
-    return DTYPE_BYTES[teacher.precision.dtype] * float(_most_of_stage(numels, parallel, stage))
+    own, rows = teacher.parallel, padded_vocab_size(student.vocab_size, parallel.tensor_model_parallel_size)
+    numels = stage_parameters(teacher.model, own, vocab_rows=None if teacher.is_own_layout else rows)
+    output_rows = 0
+    if teacher.is_own_layout:  # the student's last stage has its output layer, in the student's shards
+        if own.pipeline_model_parallel_size > 1 or not teacher.model.share_embeddings_and_output_weights:
+            tp = own.tensor_model_parallel_size
+            numels[-1] -= padded_vocab_size(teacher.model.vocab_size, tp) // tp * teacher.model.hidden_size
+        if stage == parallel.pipeline_model_parallel_size - 1:
+            output_rows = rows // parallel.tensor_model_parallel_size
+    held = _most_of_stage(numels, parallel, stage) + output_rows * teacher.model.hidden_size
+    return DTYPE_BYTES[teacher.precision.dtype] * float(held)
 
 
 def _teacher_fp8_bytes(teacher: BesideTeacher, parallel: ParallelConfig, stage: int) -> float:
@@ -273,4 +283,6 @@ def _loss_bytes(
     # Over several chunks it is added up in fp32, and then cast.
     bytes_each = size if tokens <= chunk or dtype is Dtype.fp32 else _FP32 + size
     weight_gradient = columns * model.hidden_size * bytes_each
-    return float(logits + tokens * size * widths + weight_gradient)
+    gradients = weight_gradient + tokens * size * model.hidden_size
+    again = gradients if teacher and teacher.with_cross_entropy else 0
+    return float(logits + tokens * size * widths + weight_gradient + again)

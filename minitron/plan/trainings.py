@@ -202,13 +202,14 @@ def _beside(
     precision = settings.precision(config.precision)
     dtype = precision.dtype
     nothing = (0.0,) * parallel.pipeline_model_parallel_size
+    mixed = config.distill.cross_entropy.weight > 0
     if settings.source is TeacherSource.cached:
         entry = _SAMPLED_ENTRY_BYTES * config.teacher_logits.max_entries + 4
-        return BesideTeacher(None, parallel, precision, False, entry, nothing)
+        return BesideTeacher(None, parallel, precision, False, entry, nothing, mixed)
     is_own = own_layout(config.distill, parallel) is not None
     inner = nothing if is_own else _inner_bytes(config, student, teacher, dtype)
     state = DTYPE_BYTES[dtype] * teacher.hidden_size / (1 if is_own else sequence_parts(parallel))
-    return BesideTeacher(teacher, teacher_parallel, precision, is_own, state, inner)
+    return BesideTeacher(teacher, teacher_parallel, precision, is_own, state, inner, mixed)
 
 
 def _inner_bytes(config: RunConfig, student: ModelConfig, teacher: ModelConfig, dtype: Dtype) -> tuple[float, ...]:

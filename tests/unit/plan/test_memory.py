@@ -151,8 +151,15 @@ def test_teacher_and_its_states_by_hand() -> None:
     # In a layout of its own the same ranks hold other stages: the student's first the teacher's first two.
     own = replace(teacher, parallel=layout(pp=3, dp=4), is_own_layout=True)
     first, last = training_memory(student, layout(tp=2, pp=2, dp=3), BF16, Batches(100, 5), own)
-    held = [2 * numel for numel in stage_parameters(MODEL, layout(pp=3, dp=4))]
-    assert (first.teacher, last.teacher) == (max(held[:2]), max(held[1:]))
+    numels = stage_parameters(MODEL, layout(pp=3, dp=4))
+    numels[2] -= 255 * 128  # its output layer, which the student's last stage has in its own shards, padded to 256 rows
+    held = [2 * numel for numel in numels]
+    assert (first.teacher, last.teacher) == (max(held[:2]), max(held[1:]) + 2 * 128 * 128)
+    tied = replace(own, model=replace(MODEL, share_embeddings_and_output_weights=True), parallel=layout(dp=12))
+    [first, last] = training_memory(student, layout(tp=2, pp=2, dp=3), BF16, Batches(100, 5), tied)
+    assert tied.model is not None
+    [whole] = stage_parameters(tied.model, layout())
+    assert (first.teacher, last.teacher) == (2 * whole, 2 * whole + 2 * 128 * 128)
 
 
 def test_loss_by_hand() -> None:
@@ -161,6 +168,8 @@ def test_loss_by_hand() -> None:
     [few] = training_memory(student, layout(), BF16, Batches(100, 1), teacher)
     # A chunk of each model's logits, four fp32 blocks; hidden states and gradient 2 x 64 + 128; the weight's gradient.
     assert few.loss == 255 * (2 * 100 * 2 + 4 * 100 * 4) + 100 * 2 * 256 + 255 * 64 * 2
+    [mixed] = training_memory(student, layout(), BF16, Batches(100, 1), replace(teacher, with_cross_entropy=True))
+    assert mixed.loss - few.loss == 255 * 64 * 2 + 100 * 64 * 2  # both gradients once more
     wide = replace(student, vocab_size=2**17)
     [many] = training_memory(wide, layout(), BF16, Batches(2**14, 1), teacher)
     chunks = 2 * CUDA_CHUNK_BYTES + 4 * 64 * 2**20
