@@ -11,8 +11,11 @@ from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.core import CheckpointingException
 from megatron.core.dist_checkpointing.mapping import ShardedStateDict
 from megatron.core.dist_checkpointing.strategies import filesystem_async
+from megatron.core.dist_checkpointing.strategies.fully_parallel import FullyParallelSaveStrategyWrapper
+from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
 from megatron.core.dist_checkpointing.validation import StrictHandling
 from megatron.core.models.gpt.gpt_model import GPTModel
+from torch.distributed import ProcessGroup
 from torch.distributed.checkpoint.api import CheckpointException
 
 from minitron.checkpoint.folder import WEIGHTS_DIR, weights_dir
@@ -95,15 +98,24 @@ def load_sharded(state: ShardedStateDict, path: Path) -> dict[str, Any]:
     return loaded
 
 
-def save_sharded(state: ShardedStateDict, path: Path) -> None:
-    """Save a sharded state dict into a folder, which is made if it is missing."""
+def save_sharded(state: ShardedStateDict, path: Path, *, replicas: ProcessGroup | None = None) -> None:
+    """Save a sharded state dict into a folder, which is made if it is missing.
+
+    Args:
+        state: This rank's shards.
+        path: The folder.
+        replicas: Ranks that hold the same shards, which then each write a part of them; None: the first writes all.
+    """
     if torch.distributed.get_rank() == 0:
         path.mkdir(parents=True, exist_ok=True)
     torch.distributed.barrier()
     # Megatron-Core 0.19 starts a process on each rank to hold a queue that only its asynchronous save shares with a
     # writer elsewhere: 0.4 GB and ten seconds of imports. This save writes in threads of its own process.
     filesystem_async._results_queue = queue.Queue()
-    dist_checkpointing.save(state, str(path))
+    strategy = TorchDistSaveShardedStrategy()
+    if replicas is not None and replicas.size() > 1:
+        strategy = FullyParallelSaveStrategyWrapper(strategy, replicas)
+    dist_checkpointing.save(state, str(path), strategy)
 
 
 def _one_line(error: BaseException) -> str:

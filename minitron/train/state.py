@@ -46,7 +46,8 @@ def save_state(trainable: Trainable, folder: Path, *, step: int) -> None:
     if is_there[0]:
         return
     with saved_in_place(trainable.optimizer):
-        save_sharded(_state_dict(trainable, is_loading=False), partial)
+        replicas = trainable.optimizer.chained_optimizers[0].data_parallel_group
+        save_sharded(_state_dict(trainable, is_loading=False), partial, replicas=replicas)
     if rank == 0:
         (partial / "step.json").write_text(json.dumps({"step": step}))
         partial.rename(final)

@@ -62,4 +62,5 @@ def stopped_loop(
             stopped = str(caught)
             if groups.world_rank == asked_rank:
                 signal.sigwait({STOP_SIGNAL})  # the next call of this process is not asked
+        torch.distributed.barrier()  # rank 0 has written its last record
     return read_metrics(folder), stopped
