@@ -28,6 +28,9 @@ def test_same_steps_as_the_unbroken_run(
     assert len({step.loss for step in unbroken}) == 6
     first = pool.run(workers.distill, ranks, job, stop=3, states=tmp_path, save=True)[0]
     assert saved_steps(tmp_path) == [3]
+    written = [file.stat().st_size for file in (tmp_path / "step_00000003").glob("*.distcp")]
+    assert len(written) == ranks
+    assert ranks == 1 or max(written) < 0.75 * sum(written), "data-parallel ranks write a part each"
     second = pool.run(workers.distill, ranks, job, states=tmp_path)[0]
     assert first == unbroken[:3]
     assert second == unbroken[3:]
