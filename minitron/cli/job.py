@@ -137,19 +137,20 @@ def _run_here(config: RunConfig, run: RunFolder, wanted: list[str], outside: Out
     """Start the ranks on this machine and wait for them."""
     size = "1 process" if runs_alone(config, wanted) else f"{config.parallel.arithmetic()} ranks"
     Console(soft_wrap=True).print(f"[bold]{config.name}[/]: {size}, artefacts in {run.path}/")
-    write_resolved(run, config, wanted)
-    code = _launch(config, wanted, outside)
+    code = _launch(config, wanted, outside, run)
     if code:
         return code
     done = all(item.done for item in plan_stages(stages_of(config), config, run, wanted, outside))
     return 0 if done else StoppedError.exit_code  # rank 0 has said where
 
 
-def _launch(config: RunConfig, wanted: list[str], outside: OutsideHashes) -> int:
-    """Start as many ranks as the stages need, and wait; gives the exit code."""
+def _launch(config: RunConfig, wanted: list[str], outside: OutsideHashes, run: RunFolder | None = None) -> int:
+    """Start as many ranks as the stages need, and wait; gives the exit code. ``run`` is where the stages go, if any."""
     alone = runs_alone(config, wanted)
     nodes, ranks_per_node = (1, 1) if alone else nodes_of(config.launch, config.cluster, config.parallel)
     check_devices(ranks_per_node, config)
+    if run is not None:
+        write_resolved(run, config, wanted)
     with given_to_ranks(config, outside) as (resolved, hashes):
         arguments = [resolved, ",".join(wanted), hashes]
         return launch_ranks(
