@@ -69,10 +69,12 @@ class Width:
     Attributes:
         name: How it is made of the model's sizes.
         size: Its length.
+        num_ranks: Ranks that the whole is divided over.
     """
 
     name: str
     size: int
+    num_ranks: int
 
 
 def widths_per_rank(model: ModelConfig, tensor_model_parallel_size: int) -> tuple[Width, ...]:
@@ -89,10 +91,10 @@ def widths_per_rank(model: ModelConfig, tensor_model_parallel_size: int) -> tupl
     over = f" / tensor_model_parallel_size={tp}" if tp > 1 else ""
     qkv = f"(num_attention_heads={heads} + 2 x num_query_groups={groups}) x kv_channels={channels}{over}"
     return (
-        Width(f"hidden_size={model.hidden_size}", model.hidden_size),
-        Width(f"ffn_hidden_size={model.ffn_hidden_size}{over}", model.ffn_hidden_size // tp),
-        Width(f"num_attention_heads={heads} x kv_channels={channels}{over}", heads * channels // tp),
-        Width(qkv, (heads + 2 * groups) * channels // tp),
+        Width(f"hidden_size={model.hidden_size}", model.hidden_size, 1),
+        Width(f"ffn_hidden_size={model.ffn_hidden_size}{over}", model.ffn_hidden_size // tp, tp),
+        Width(f"num_attention_heads={heads} x kv_channels={channels}{over}", heads * channels // tp, tp),
+        Width(qkv, (heads + 2 * groups) * channels // tp, tp),
     )
 
 
@@ -110,9 +112,8 @@ def misaligned(model: ModelConfig, recipe: Fp8Recipe, tensor_model_parallel_size
     for width in widths_per_rank(model, tensor_model_parallel_size):
         if width.size % multiple:
             lower = width.size - width.size % multiple
-            shared = 1 if width.name == f"hidden_size={model.hidden_size}" else tensor_model_parallel_size
-            near = " or ".join(str(size * shared) for size in (lower, lower + multiple) if size)
-            near += f" / {shared}" if shared > 1 else ""
+            near = " or ".join(str(size * width.num_ranks) for size in (lower, lower + multiple) if size)
+            near += f" / {width.num_ranks}" if width.num_ranks > 1 else ""
             equals = "" if width.name.endswith(f"={width.size}") else f" = {width.size}"
             return f"{width.name}{equals} is not a multiple of {multiple} (nearest: {near})"
     return None

@@ -85,29 +85,39 @@ def test_a_job_on_unfit_machines_ends_at_its_preflight(
     assert not (folder / ".partial" / "distill").exists()
 
 
+def _distilling(cluster: SlurmCluster, unbroken: Unbroken, runs_dir: Path, *overrides: str, step: int) -> int:
+    """Number of a job that has come to a step of distill."""
+    unbroken.copy_undistilled(runs_dir)
+    (job,) = _submit(cluster, "distill", runs_dir, *overrides).values()
+    _wait_for_step(runs_dir, step)
+    return job
+
+
+def _went_on(job: int, ended: Shown, unbroken: Unbroken, runs_dir: Path) -> str:
+    """The log of a job that was started again once, and came to the figures of the unbroken run."""
+    log = _log(runs_dir, "distill", job)
+    assert (ended.state, ended.restarts) == ("COMPLETED", 1), log
+    assert losses_of(runs_dir / NAME) == unbroken.losses
+    return log
+
+
+NEVER = "distill.train.save_interval_steps=0"
+"""Only what is saved when asked can be resumed."""
+
+
 def test_requeued_in_the_middle_of_distilling(cluster: SlurmCluster, unbroken: Unbroken, tmp_path: Path) -> None:
     """SLURM takes the nodes away: the ranks get SIGTERM and end as they are; the newest saved step counts."""
-    unbroken.copy_undistilled(tmp_path)
-    (job,) = _submit(cluster, "distill", tmp_path).values()
-    _wait_for_step(tmp_path, 60)
+    job = _distilling(cluster, unbroken, tmp_path, step=60)
     cluster.client("scontrol", "requeue", str(job))
-    ended = cluster.wait([job], timeout_s=500)[job]
-    assert (ended.state, ended.restarts) == ("COMPLETED", 1), _log(tmp_path, "distill", job)
-    assert losses_of(tmp_path / NAME) == unbroken.losses
+    _went_on(job, cluster.wait([job], timeout_s=500)[job], unbroken, tmp_path)
 
 
 def test_asked_to_stop_it_saves_and_requeues_itself(cluster: SlurmCluster, unbroken: Unbroken, tmp_path: Path) -> None:
-    unbroken.copy_undistilled(tmp_path)
-    never = "distill.train.save_interval_steps=0"  # only what is saved when asked can be resumed
-    (job,) = _submit(cluster, "distill", tmp_path, never).values()
-    _wait_for_step(tmp_path, 50)
+    job = _distilling(cluster, unbroken, tmp_path, NEVER, step=50)
     cluster.client("scancel", "--signal=USR1", str(job))
-    ended = cluster.wait([job], timeout_s=500)[job]
-    log = _log(tmp_path, "distill", job)
-    assert (ended.state, ended.restarts) == ("COMPLETED", 1), log
+    log = _went_on(job, cluster.wait([job], timeout_s=500)[job], unbroken, tmp_path)
     assert "stopped after step" in log
     assert "stopped and saved: back into the queue" in log
-    assert losses_of(tmp_path / NAME) == unbroken.losses
 
 
 def _preempt(cluster: SlurmCluster, job: int, folder: Path) -> Shown:
@@ -122,29 +132,18 @@ def _preempt(cluster: SlurmCluster, job: int, folder: Path) -> Shown:
 
 def test_preempted_it_goes_back_into_the_queue(cluster: SlurmCluster, unbroken: Unbroken, tmp_path: Path) -> None:
     """In the queue's GraceTime the ranks get SIGTERM and end as they are; the newest saved step counts."""
-    unbroken.copy_undistilled(tmp_path)
-    (job,) = _submit(cluster, "distill", tmp_path).values()
-    _wait_for_step(tmp_path, 60)
-    ended = _preempt(cluster, job, tmp_path)
-    log = _log(tmp_path, "distill", job)
-    assert (ended.state, ended.restarts) == ("COMPLETED", 1), log
+    job = _distilling(cluster, unbroken, tmp_path, step=60)
+    log = _went_on(job, _preempt(cluster, job, tmp_path), unbroken, tmp_path)
     assert "preempted: back into the queue" in log
-    assert losses_of(tmp_path / NAME) == unbroken.losses
 
 
 def test_preempted_it_saves_first_where_slurm_sends_the_job_s_signal(
     cluster: SlurmCluster, unbroken: Unbroken, tmp_path: Path
 ) -> None:
-    unbroken.copy_undistilled(tmp_path)
-    never = "distill.train.save_interval_steps=0"
     with cluster.configured("SlurmctldParameters=preempt_send_user_signal"):
-        (job,) = _submit(cluster, "distill", tmp_path, never).values()
-        _wait_for_step(tmp_path, 50)
+        job = _distilling(cluster, unbroken, tmp_path, NEVER, step=50)
         ended = _preempt(cluster, job, tmp_path)
-    log = _log(tmp_path, "distill", job)
-    assert (ended.state, ended.restarts) == ("COMPLETED", 1), log
-    assert "stopped after step" in log
-    assert losses_of(tmp_path / NAME) == unbroken.losses
+    assert "stopped after step" in _went_on(job, ended, unbroken, tmp_path)
 
 
 def test_search_as_a_job(cluster: SlurmCluster, unbroken: Unbroken, tmp_path: Path) -> None:
@@ -190,7 +189,7 @@ def test_time_limit(cluster: SlurmCluster, unbroken: Unbroken, tmp_path: Path) -
     """A run longer than its job's two minutes is asked to save, requeues itself, and goes on from the saved step."""
     unbroken.copy_undistilled(tmp_path)
     num_steps = 1600
-    longer = [f"distill.train.num_tokens={num_steps * TOKENS_PER_STEP}", "distill.train.save_interval_steps=0"]
+    longer = [f"distill.train.num_tokens={num_steps * TOKENS_PER_STEP}", NEVER]
     limits = ["launch.time_limit=00:02:00", "launch.signal_lead_s=60"]
     started = time.monotonic()
     (job,) = _submit(cluster, "distill", tmp_path, *longer, *limits).values()
