@@ -6,10 +6,10 @@ from pathlib import Path
 from rich.console import Console
 
 from minitron.checkpoint.folder import MODEL_FILE, is_checkpoint_folder, read_model_config
-from minitron.cli.resolved import given_to_ranks, write_resolved
 from minitron.cli.search_job import run_search
 from minitron.cli.source import source_model, source_vocabulary
 from minitron.cli.stages import lines_of, needs_cache, stages_of
+from minitron.cli.start import start_ranks, write_resolved
 from minitron.cli.submit import jobs_of, submit_run
 from minitron.cli.turn import in_turn
 from minitron.cli.worker import PREFLIGHT, as_started, run_rank, runs_alone
@@ -31,13 +31,11 @@ from minitron.prune.given import target_of
 from minitron.runtime.artefact import RunFolder
 from minitron.runtime.device import (
     check_cluster_precision,
-    check_devices,
     check_num_ranks,
     check_precision,
     resolve_device,
 )
 from minitron.runtime.env import DistEnv, wandb_mode
-from minitron.runtime.launch import launch_ranks
 from minitron.runtime.slurm import Job
 
 _PREFLIGHT_LIMIT = "00:20:00"
@@ -116,7 +114,7 @@ def run_preflight(config: RunConfig, env: DistEnv | None) -> int:
         brief = replace(config, launch=replace(config.launch, time_limit=_PREFLIGHT_LIMIT, signal_lead_s=60))
         submit_run([job], brief, RunFolder(Path(config.runs_dir) / config.name), {}, wanted=[])
         return 0
-    return _launch(config, [PREFLIGHT], {})
+    return start_ranks(config, [PREFLIGHT], {})
 
 
 def _check_started(env: DistEnv, config: RunConfig, wanted: list[str]) -> None:
@@ -137,25 +135,11 @@ def _run_here(config: RunConfig, run: RunFolder, wanted: list[str], outside: Out
     """Start the ranks on this machine and wait for them."""
     size = "1 process" if runs_alone(config, wanted) else f"{config.parallel.arithmetic()} ranks"
     Console(soft_wrap=True).print(f"[bold]{config.name}[/]: {size}, artefacts in {run.path}/")
-    code = _launch(config, wanted, outside, run)
+    code = start_ranks(config, wanted, outside, run=run, wanted=wanted)
     if code:
         return code
     done = all(item.done for item in plan_stages(stages_of(config), config, run, wanted, outside))
     return 0 if done else StoppedError.exit_code  # rank 0 has said where
-
-
-def _launch(config: RunConfig, wanted: list[str], outside: OutsideHashes, run: RunFolder | None = None) -> int:
-    """Start as many ranks as the stages need, and wait; gives the exit code. ``run`` is where the stages go, if any."""
-    alone = runs_alone(config, wanted)
-    nodes, ranks_per_node = (1, 1) if alone else nodes_of(config.launch, config.cluster, config.parallel)
-    check_devices(ranks_per_node, config)
-    if run is not None:
-        write_resolved(run, config, wanted)
-    with given_to_ranks(config, outside) as (resolved, hashes):
-        arguments = [resolved, ",".join(wanted), hashes]
-        return launch_ranks(
-            arguments, config.launch, nodes=nodes, ranks_per_node=ranks_per_node, name=f"minitron-{config.name}"
-        )
 
 
 def wanted_stages(verb: str, config: RunConfig) -> list[str]:

@@ -5,10 +5,10 @@ from pathlib import Path
 
 from rich.console import Console
 
-from minitron.cli.resolved import given_to_ranks, write_resolved
 from minitron.cli.search_stages import LATENCY, first_stages, is_search, latencies, search_plans, search_space
 from minitron.cli.source import source_model
 from minitron.cli.stages import stages_of
+from minitron.cli.start import given_to_ranks, start_ranks, write_resolved
 from minitron.cli.submit import jobs_of, submit_run
 from minitron.cli.turn import in_turn
 from minitron.cli.worker import run_rank
@@ -24,7 +24,7 @@ from minitron.report.search import print_search, read_search
 from minitron.runtime.artefact import RunFolder
 from minitron.runtime.device import check_devices, resolve_device
 from minitron.runtime.env import DistEnv
-from minitron.runtime.launch import launch_ranks, launch_side_by_side
+from minitron.runtime.launch import launch_side_by_side
 from minitron.runtime.slurm import Job
 from minitron.search.space import Space, require_candidates
 
@@ -68,13 +68,15 @@ def run_search(
             if config.launch.kind is LaunchKind.slurm:
                 submit_run(_jobs_of(config, run, outside), config, run, outside, wanted=wanted)
                 return 0
-            write_resolved(run, config, wanted)
             ranks = f"{config.parallel.arithmetic()} ranks"
             workers = f", {config.search.workers} candidates side by side" if config.search.workers > 1 else ""
             console.print(f"[bold]{config.name}[/]: {ranks}{workers}, artefacts in {run.path}/")
-            run_all = _run_in_one if config.search.workers == 1 else _run_side_by_side
-            with given_to_ranks(config, outside) as given:
-                code = run_all(config, run, given, outside)
+            if config.search.workers == 1:
+                code = start_ranks(config, [SEARCH], outside, run=run, wanted=wanted)
+            else:
+                write_resolved(run, config, wanted)
+                with given_to_ranks(config, outside) as given:
+                    code = _run_side_by_side(config, run, given, outside)
             if code or not _is_done(config, run, outside):
                 return code or StoppedError.exit_code  # rank 0 has said where it stopped
     if is_main:
@@ -130,16 +132,6 @@ def _jobs_of(config: RunConfig, run: RunFolder, outside: OutsideHashes) -> list[
     nodes, ranks_per_node = nodes_of(config.launch, config.cluster, config.parallel)
     after = tuple(job.name for job in jobs)
     return [*jobs, Job(SEARCH, (*together, SEARCH), after, nodes, ranks_per_node, alone=False)]
-
-
-def _run_in_one(config: RunConfig, _run: RunFolder, given: tuple[str, str], _outside: OutsideHashes) -> int:
-    resolved, hashes = given
-    nodes, ranks_per_node = nodes_of(config.launch, config.cluster, config.parallel)
-    check_devices(ranks_per_node, config)
-    arguments = [resolved, SEARCH, hashes]
-    return launch_ranks(
-        arguments, config.launch, nodes=nodes, ranks_per_node=ranks_per_node, name=f"minitron-{config.name}"
-    )
 
 
 def _run_side_by_side(config: RunConfig, run: RunFolder, given: tuple[str, str], outside: OutsideHashes) -> int:

@@ -11,7 +11,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from minitron.cli.resolved import write_resolved
+from minitron.cli.start import write_resolved
 from minitron.config.compose import to_yaml
 from minitron.config.launch import nodes_of
 from minitron.config.run import Device, RunConfig

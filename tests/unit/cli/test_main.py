@@ -31,7 +31,7 @@ def _no_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_args: object, **_kwargs: object) -> int:
         raise AssertionError("ranks were started")
 
-    monkeypatch.setattr("minitron.cli.job.launch_ranks", refuse)
+    monkeypatch.setattr("minitron.cli.start.launch_ranks", refuse)
 
 
 @pytest.fixture

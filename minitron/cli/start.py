@@ -1,4 +1,4 @@
-"""The files from which every rank loads the composed configuration and the hashes of outside content."""
+"""Start the ranks of a job on this machine, and the files from which each loads its configuration."""
 
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -6,7 +6,9 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
+from minitron.cli.worker import runs_alone
 from minitron.config.compose import load_resolved, to_yaml
+from minitron.config.launch import nodes_of
 from minitron.config.run import RunConfig
 from minitron.pipeline import OutsideHashes
 from minitron.runtime.artefact import (
@@ -18,7 +20,9 @@ from minitron.runtime.artefact import (
     write_json,
     write_whole,
 )
+from minitron.runtime.device import check_devices
 from minitron.runtime.environment import environment
+from minitron.runtime.launch import launch_ranks
 
 
 def write_resolved(run: RunFolder, config: RunConfig, wanted: Sequence[str]) -> Path:
@@ -58,3 +62,37 @@ def given_to_ranks(config: RunConfig, outside: OutsideHashes) -> Iterator[tuple[
         hashes = Path(folder) / OUTSIDE_FILE
         write_json(hashes, outside)
         yield str(write_resolved(RunFolder(Path(folder)), config, [])), str(hashes)
+
+
+def start_ranks(
+    config: RunConfig,
+    stages: Sequence[str],
+    outside: OutsideHashes,
+    *,
+    run: RunFolder | None = None,
+    wanted: Sequence[str] = (),
+) -> int:
+    """Start as many ranks as the stages need, and wait.
+
+    Args:
+        config: The run.
+        stages: What every rank's worker is asked for.
+        outside: Hashes of what lies outside the run's folder.
+        run: The folder that the stages go to, where `write_resolved` puts what is started once it can be; None for
+            what is no stage.
+        wanted: See `write_resolved`.
+
+    Returns:
+        Exit code.
+    """
+    nodes, ranks_per_node = (
+        (1, 1) if runs_alone(config, stages) else nodes_of(config.launch, config.cluster, config.parallel)
+    )
+    check_devices(ranks_per_node, config)
+    if run is not None:
+        write_resolved(run, config, wanted)
+    with given_to_ranks(config, outside) as (resolved, hashes):
+        arguments = [resolved, ",".join(stages), hashes]
+        return launch_ranks(
+            arguments, config.launch, nodes=nodes, ranks_per_node=ranks_per_node, name=f"minitron-{config.name}"
+        )
