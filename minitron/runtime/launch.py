@@ -26,6 +26,8 @@ from minitron.runtime.env import place_environment, set_rank_environment
 WORKER_MODULE = "minitron.cli.worker"
 
 _POLL_S = 0.2
+_HERE = "localhost"
+"""Where the ranks of one host meet: its own name, torch's choice, leads nowhere in many a container."""
 
 
 def launch_ranks(arguments: list[str], launch: LaunchConfig, *, nodes: int, ranks_per_node: int, name: str) -> int:
@@ -58,9 +60,9 @@ def launch_ranks(arguments: list[str], launch: LaunchConfig, *, nodes: int, rank
         nproc_per_node=ranks_per_node,
         run_id=name if several else uuid.uuid4().hex,
         rdzv_backend="c10d",
-        rdzv_endpoint=launch.rendezvous if several else "localhost:0",
+        rdzv_endpoint=launch.rendezvous if several else f"{_HERE}:0",
         rdzv_configs=meeting,
-        local_addr=launch.local_address if several else None,
+        local_addr=launch.local_address if several else _HERE,
         max_restarts=launch.max_restarts,
         monitor_interval=0.2,
     )

@@ -204,7 +204,14 @@ def test_a_failing_candidate_stops_the_others_and_is_one_line(unbroken: Unbroken
 
 def test_ranks_of_torchrun_with_measured_latencies_and_a_cached_teacher(tmp_path: Path) -> None:
     """Two stages; one of three shapes is not distilled."""
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    launcher = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--local_addr=localhost",
+        "--nproc_per_node=2",
+    ]
     job = ["-m", "minitron.cli.main", "search", "experiment=tiny", f"runs_dir={tmp_path}", "device=cpu"]
     settings = [
         "parallel.pipeline_model_parallel_size=2",

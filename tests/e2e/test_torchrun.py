@@ -9,7 +9,14 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 
 
 def _torchrun(folder: Path, num_ranks: int, *overrides: str) -> subprocess.CompletedProcess[str]:
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={num_ranks}"]
+    launcher = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--local_addr=localhost",
+        f"--nproc_per_node={num_ranks}",
+    ]
     job = ["-m", "minitron.cli.main", "compress", "experiment=tiny", "device=cpu", f"runs_dir={folder}", *overrides]
     unset = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
     return subprocess.run(

@@ -4,6 +4,7 @@ import re
 import socket
 import threading
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -86,3 +87,14 @@ def test_a_first_host_that_is_late(closed_port: int, started: list[str]) -> None
 def test_the_first_host_itself_waits_for_no_port(closed_port: int, started: list[str], is_host: bool | None) -> None:
     assert _launch(closed_port, is_host=is_host) == 0
     assert started == ["job"]
+
+
+def test_ranks_of_one_host_do_not_ask_for_its_name(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """In many a container it leads nowhere; ranks that look for it would wait for minutes."""
+    monkeypatch.setattr(socket, "getfqdn", lambda *_: "host.invalid")
+    monkeypatch.setattr(launching, "set_rank_environment", lambda *_args, **_kwargs: None)
+    monkeypatch.setattr(launching, "WORKER_MODULE", "timeit")  # runs a line of Python; so no model is built
+    told = f"import os; open(r'{tmp_path}/' + os.environ['RANK'], 'w').write(os.environ['MASTER_ADDR'])"
+    launched = launch_ranks(["--number=1", "--repeat=1", told], LaunchConfig(), nodes=1, ranks_per_node=2, name="job")
+    assert launched == 0
+    assert [(tmp_path / str(rank)).read_text() for rank in range(2)] == ["localhost", "localhost"]
