@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # `make test-docker`: builds the cpu image of docker/Dockerfile for real and runs tests inside it, without a Docker
-# daemon and without an image registry: buildah builds it, on a stand-in for python:3.12-slim-bookworm that is made
-# here of Debian's packages and a local CPython.
+# daemon and without an image registry: buildah builds it, on a stand-in for its base that is made here of Debian's
+# packages and a local CPython.
 #
 # Needs: root; Debian or Ubuntu with `apt-get install buildah debootstrap`; a CPython 3.12 whose prefix can be copied,
 # such as pyenv's (PYTHON=/path/to/bin/python3.12 names one); Debian's and PyPI's servers; 25 GB under WORK.
@@ -13,7 +13,7 @@ set -euo pipefail
 
 root=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd -P)
 work=${WORK:-/var/tmp/minitron-docker}
-base=docker.io/library/python:3.12-slim-bookworm
+base=$(sed -n 's/^ARG CPU_BASE=//p' "$root/docker/Dockerfile")
 target=${TARGET:-test}
 image=localhost/minitron:$target
 

@@ -34,6 +34,11 @@ from minitron.runtime.slurm import (
     template_dir,
 )
 
+_CPUS_ONLY = (
+    "the nodes have no GPUs (cluster.gpus_per_node=0): ranks compute on their cores. Others are named with cluster=, "
+    "such as cluster=dgx_h100; device=cpu says that this is meant"
+)
+
 
 def submit_run(
     jobs: Sequence[Job], config: RunConfig, run: RunFolder, outside: OutsideHashes, *, wanted: Sequence[str]
@@ -63,6 +68,8 @@ def submit_run(
         config = replace(config, device=Device.cuda)  # a node without its GPUs is an error, not a slow job
     elif config.device is Device.cpu:  # as many ranks, and no GPU of theirs
         cluster = replace(cluster, gpus_per_node=0, ranks_per_node=cluster.most_ranks)
+    elif not cluster.gpus_per_node and any(not job.alone for job in jobs):
+        console.print(f"# {_CPUS_ONLY}", highlight=False, markup=False)
     arguments = [str(place.folder / RESOLVED_FILE), str(place.folder / OUTSIDE_FILE)]
     scripts = {
         job.name: render_script(job, [arguments[0], ",".join(job.stages), arguments[1]], place, config.launch, cluster)

@@ -14,22 +14,33 @@ _CLOCK_ROUNDS = 5
 
 
 @dataclass(frozen=True)
+class Reduction:
+    """An all-reduce over all ranks, as one of them saw it.
+
+    Attributes:
+        gbs: Bus bandwidth, 10^9 bytes a second.
+        is_right: Whether it left the sum it should.
+    """
+
+    gbs: float
+    is_right: bool
+
+
+@dataclass(frozen=True)
 class Figures:
     """What one rank measured.
 
     Attributes:
         rank: Its number.
         host: Name of its machine.
-        all_reduce_gbs: Bus bandwidth of an all-reduce over all ranks, 10^9 bytes a second; None when alone.
-        sum_is_right: Whether that all-reduce left the sum it should.
+        reductions: By backend, ``nccl`` and ``gloo`` on a GPU and ``gloo`` on a CPU; empty when alone.
         links_gbs: Bandwidth to each neighbour, in one direction while both send.
         tflops: Matrix products, 10^12 FLOPs a second.
     """
 
     rank: int
     host: str
-    all_reduce_gbs: float | None
-    sum_is_right: bool
+    reductions: Mapping[str, Reduction]
     links_gbs: Mapping[int, float]
     tflops: float
 
@@ -38,18 +49,21 @@ def measure(device: torch.device, *, num_bytes: int) -> Figures:
     """Measure; all ranks call it together.
 
     Args:
-        device: This rank's, which says whether NCCL or gloo is measured.
+        device: This rank's. On a GPU NCCL carries the tensors; the signals and whatever else is on the CPU go over
+            gloo, which may take another network.
         num_bytes: Size of the messages.
     """
     rank, size = dist.get_rank(), dist.get_world_size()
     tflops = _tflops(device)
-    reduced, is_right = _all_reduce(device, num_bytes, rank, size) if size > 1 else (None, True)
+    carried_by = {"nccl": device} if device.type == "cuda" else {}
+    carried_by["gloo"] = torch.device("cpu")
+    reductions = {name: _all_reduce(at, num_bytes) for name, at in carried_by.items()} if size > 1 else {}
     links: dict[int, float] = {}
     for neighbour in (neighbour_of(rank, size, turn) for turn in (0, 1)):
         dist.barrier()  # pairs talk at the same time, but no rank to two others
         if neighbour is not None and neighbour not in links:
             links[neighbour] = _exchange(device, num_bytes, neighbour)
-    return Figures(rank, socket.gethostname(), reduced, is_right, links, tflops)
+    return Figures(rank, socket.gethostname(), reductions, links, tflops)
 
 
 def neighbour_of(rank: int, size: int, turn: int) -> int | None:
@@ -107,14 +121,14 @@ def clock_offsets() -> list[float]:
     return offsets
 
 
-def _all_reduce(device: torch.device, num_bytes: int, rank: int, size: int) -> tuple[float, bool]:
-    """Bus bandwidth, and whether the sum is right."""
-    values = torch.full((max(1, num_bytes // 4),), rank + 1.0, device=device)
+def _all_reduce(device: torch.device, num_bytes: int) -> Reduction:
+    size = dist.get_world_size()
+    values = torch.full((max(1, num_bytes // 4),), dist.get_rank() + 1.0, device=device)
     dist.all_reduce(values)
     expected = size * (size + 1) / 2
     is_right = bool((values == expected).all())
     seconds = _best(device, lambda: dist.all_reduce(values.zero_()))
-    return 2 * (size - 1) / size * num_bytes / seconds / 1e9, is_right
+    return Reduction(2 * (size - 1) / size * num_bytes / seconds / 1e9, is_right)
 
 
 def _exchange(device: torch.device, num_bytes: int, neighbour: int) -> float:

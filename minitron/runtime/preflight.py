@@ -311,12 +311,16 @@ def _computing(everyone: Sequence[Facts], settings: PreflightConfig) -> Check:
 
 
 def _talking(everyone: Sequence[Facts], settings: PreflightConfig) -> list[Check]:
-    """The all-reduce over everyone, then the links between neighbours, inside hosts and between them."""
+    """The all-reduces over everyone, then the links between neighbours, inside hosts and between them."""
     if len(everyone) == 1:
         return [Check("all-reduce", "one rank: nobody to talk to")]
-    reduced = [facts.figures.all_reduce_gbs or 0.0 for facts in everyone]
-    wrong = [facts.name for facts in everyone if not facts.figures.sum_is_right]
-    checks = [Check("all-reduce, GB/s", f"{min(reduced):.3g}", f"the sum is wrong on {_few(wrong)}" if wrong else None)]
+    checks = []
+    for backend in everyone[0].figures.reductions:
+        seen = {facts.name: facts.figures.reductions[backend] for facts in everyone}
+        slowest = min(reduction.gbs for reduction in seen.values())
+        wrong = [name for name, reduction in seen.items() if not reduction.is_right]
+        reason = f"the sum is wrong on {_few(wrong)}" if wrong else None
+        checks.append(Check(f"all-reduce by {backend}, GB/s", f"{slowest:.3g}", reason))
     links: dict[bool, dict[str, float]] = {}
     for facts in everyone:
         for neighbour, value in facts.figures.links_gbs.items():

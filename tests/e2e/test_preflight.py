@@ -29,7 +29,7 @@ def test_what_fails_is_one_row_and_the_exit_code(tmp_path: Path) -> None:
     lines = [line for line in result.stdout.splitlines() if " ok " in line or "FAILED" in line]
     rows = {line.split("  ")[0].strip(): line for line in lines}
     assert [name for name, line in rows.items() if "FAILED" in line] == ["FP8", "disk space"]
-    assert {"ranks", "devices", "all-reduce, GB/s", "run folder", "clocks"} <= set(rows)
+    assert {"ranks", "devices", "all-reduce by gloo, GB/s", "run folder", "clocks"} <= set(rows)
     assert "preflight.min_free_gb=1e+09" in result.stdout
     assert "not available: no GPU" in rows["FP8"]
     assert "Traceback" not in result.stderr

@@ -201,7 +201,7 @@ def test_a_search_is_one_job_after_what_one_process_does(
 ) -> None:
     assert compress(*TWO, *GRID, "launch.dry_run=true", verb="search") == 0
     out = capsys.readouterr().out
-    assert out.startswith("search: 2 shapes, 2 candidates\n# ---- ")
+    assert out.startswith("search: 2 shapes, 2 candidates\n# the nodes have no GPUs")
     assert "import.sbatch\n" in out
     assert "search.sbatch, after import\n" in out
     assert not (tmp_path / "runs").exists()
@@ -290,6 +290,20 @@ def test_on_the_cpu_the_nodes_gpus_are_not_asked_for(compress: Compress, capsys:
     out = capsys.readouterr().out
     assert "#SBATCH --ntasks-per-node=2\n" in out
     assert "gpus-per-node" not in out
+
+
+def test_nodes_without_gpus_are_remarked_on(compress: Compress, capsys: pytest.CaptureFixture[str]) -> None:
+    """A forgotten ``cluster=`` would ask for as many nodes of CPUs as the layout has ranks; unless it is meant."""
+    cases = (
+        (("device=auto",), "preflight", True),
+        (("device=cpu",), "preflight", False),
+        (("device=auto",), "import", False),  # one process on a CPU anyway
+        (("device=auto", "cluster=dgx_h100"), "preflight", False),
+    )
+    for words, verb, remarked in cases:
+        assert compress(*TWO, *words, "launch.dry_run=true", verb=verb) == 0
+        out = capsys.readouterr().out
+        assert out.startswith("# the nodes have no GPUs (cluster.gpus_per_node=0)") == remarked, (words, verb)
 
 
 def test_a_gpu_cluster_computes_on_gpus(compress: Compress, slurm: Path, tmp_path: Path) -> None:

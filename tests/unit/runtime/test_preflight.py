@@ -7,7 +7,7 @@ import pytest
 
 from minitron.config.precision import Fp8Recipe
 from minitron.config.preflight import PreflightConfig
-from minitron.runtime.bandwidth import Figures, neighbour_of, outliers
+from minitron.runtime.bandwidth import Figures, Reduction, neighbour_of, outliers
 from minitron.runtime.preflight import Asked, Check, Facts, judge
 from tests.helpers.pool import WorkerPool
 from tests.unit.runtime import preflight_workers
@@ -31,7 +31,7 @@ def test_two_processes(pool: WorkerPool, tmp_path: Path) -> None:
     assert found["ranks"].found.startswith("2 on ")
     assert found["run folder"].found == "seen by all ranks"
     assert found["fused kernels"].found.startswith("Adam: torch")
-    for name in ("all-reduce, GB/s", "links inside hosts, GB/s", "matrix products, TFLOPs"):
+    for name in ("all-reduce by gloo, GB/s", "links inside hosts, GB/s", "matrix products, TFLOPs"):
         assert float(found[name].found.split()[0]) > 0
     # Both processes read one clock; the way there and back is not equally long on a busy machine.
     assert float(found["clocks"].found.split()[1]) < 0.5
@@ -94,8 +94,7 @@ def _machine(num_ranks: int = 8) -> list[Facts]:
             figures=Figures(
                 rank,
                 host,
-                180.0,
-                True,
+                {"nccl": Reduction(180.0, is_right=True), "gloo": Reduction(2.0 + rank, is_right=True)},
                 {
                     other: 200.0 if hosts[other] == host else 40.0
                     for other in ((rank - 1) % num_ranks, (rank + 1) % num_ranks)
@@ -116,6 +115,8 @@ def test_a_sound_machine_passes() -> None:
     checks = _by_name(judge(_machine(), [0.0] * 8, PreflightConfig(), Asked()))
     assert not any(check.reason for check in checks.values())
     assert checks["ranks"].found == "8 on 2 hosts"
+    assert checks["all-reduce by nccl, GB/s"].found == "180"
+    assert checks["all-reduce by gloo, GB/s"].found == "2"  # the slowest rank's
     assert checks["links inside hosts, GB/s"].found == "200"
     assert checks["links between hosts, GB/s"].found == "40"  # slower by nature, no outlier
     assert checks["matrix products, TFLOPs"].found == "700 to 707"
@@ -136,8 +137,9 @@ def test_what_is_wrong_is_named() -> None:
     assert _failed(changed(5, figures=replace(figures, tflops=100.0))) == {
         "matrix products, TFLOPs": "slow: rank 5 (node1): 100"
     }
-    assert _failed(changed(5, figures=replace(figures, sum_is_right=False))) == {
-        "all-reduce, GB/s": "the sum is wrong on rank 5 (node1)"
+    wrong = {**figures.reductions, "gloo": Reduction(2.0, is_right=False)}
+    assert _failed(changed(5, figures=replace(figures, reductions=wrong))) == {
+        "all-reduce by gloo, GB/s": "the sum is wrong on rank 5 (node1)"
     }
     assert _failed(changed(5, gpu="A100, 40 GB")) == {
         "devices": "the others have H100, 80 GB, but rank 5 (node1): A100, 40 GB"
