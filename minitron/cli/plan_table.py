@@ -14,7 +14,7 @@ from minitron.models.axes import num_active_parameters, num_embedding_parameters
 from minitron.plan.memory import StageMemory
 from minitron.plan.trainings import Plan, PlannedPass
 from minitron.report import format as fmt
-from minitron.report.cost import training_flops
+from minitron.report.cost import six_nd
 
 _GB = 1e9
 _GPUS_PER_NODE = 8
@@ -119,7 +119,7 @@ def _costs(plan: Plan, config: RunConfig) -> Table:
             fmt.count(item.tokens),
             fmt.power(item.flops),
             fmt.power(item.teacher_flops) if item.teacher_flops else "-",
-            fmt.power(training_flops(trained, item.tokens)) if item.steps else "-",
+            fmt.power(six_nd(trained, item.tokens)) if item.steps else "-",
             _number(spent),
             _number(spent / config.parallel.num_ranks / 24),
         )

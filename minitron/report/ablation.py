@@ -19,7 +19,7 @@ from minitron.models.axes import num_active_parameters
 from minitron.report import figure as look
 from minitron.report import format as fmt
 from minitron.report.collect import read_curve, read_eval
-from minitron.report.cost import TeacherCost, family_saving, forward_flops, training_flops
+from minitron.report.cost import TeacherCost, family_saving, six_nd, two_nd
 from minitron.report.data import TrainingCurve
 from minitron.runtime.artefact import RunFolder, storage_error, write_json
 
@@ -78,8 +78,8 @@ class Teaching:
     @property
     def flops(self) -> float:
         """Of its correction and its forward passes for one recipe."""
-        correction = training_flops(self.num_parameters, self.correction_tokens)
-        return correction + forward_flops(self.num_parameters, self.forward_tokens)
+        correction = six_nd(self.num_parameters, self.correction_tokens)
+        return correction + two_nd(self.num_parameters, self.forward_tokens)
 
     @property
     def text(self) -> str:
@@ -317,7 +317,7 @@ def _teaching(run: RunFolder, config: RunConfig, *, num_tokens: int) -> Teaching
 def _recipe(run: RunFolder, name: str, *, student: int, teaching: Teaching) -> Recipe:
     training, curve = TRAININGS[name], read_curve(run.stage(name))
     num_tokens = curve.tokens[-1]
-    flops = training_flops(student, num_tokens) + (teaching.flops if training.distills else 0.0)
+    flops = six_nd(student, num_tokens) + (teaching.flops if training.distills else 0.0)
     evaluated = "eval_distilled" if name == _BEST else f"eval_{name}"
     loss = float(read_eval(run.stage(evaluated))["loss"])
     return Recipe(name=name, label=training.label, num_tokens=num_tokens, loss=loss, flops=flops, curve=curve)

@@ -11,7 +11,7 @@ from minitron.config.model import ModelConfig
 from minitron.data.summary import load_summary
 from minitron.errors import ArtefactError
 from minitron.models.axes import num_active_parameters, num_embedding_parameters, num_parameters
-from minitron.report.cost import forward_flops, training_flops
+from minitron.report.cost import six_nd, two_nd
 from minitron.report.data import (
     Cost,
     ExportResult,
@@ -263,14 +263,14 @@ def _cost(
     return Cost(
         tokens=tokens,
         student_parameters=student,
-        student_flops=training_flops(student, tokens),
+        student_flops=six_nd(student, tokens),
         teacher_parameters=teacher,
-        teacher_flops=forward_flops(teacher, tokens),
+        teacher_flops=two_nd(teacher, tokens),
         correction_tokens=corrected,
         source_parameters=source,
-        correction_flops=training_flops(source, corrected),
+        correction_flops=six_nd(source, corrected),
         baseline_tokens=baseline.tokens[-1] if baseline else None,
-        baseline_flops=training_flops(control, baseline.tokens[-1]) if baseline else None,
+        baseline_flops=six_nd(control, baseline.tokens[-1]) if baseline else None,
     )
 
 

@@ -30,13 +30,13 @@ class TeacherCost:
     correction: float = 0.0
 
 
-def training_flops(num_parameters: float, num_tokens: float) -> float:
-    """Forward and backward of a model over its training tokens."""
+def six_nd(num_parameters: float, num_tokens: float) -> float:
+    """FLOPs of training by the rule 6 N D: forward and backward of N parameters over D tokens."""
     return _TRAIN_FLOPS * num_parameters * num_tokens
 
 
-def forward_flops(num_parameters: float, num_tokens: float) -> float:
-    """Forward pass alone, as a teacher's."""
+def two_nd(num_parameters: float, num_tokens: float) -> float:
+    """FLOPs of the forward pass alone, as a teacher's: 2 N D."""
     return _FORWARD_FLOPS * num_parameters * num_tokens
 
 
@@ -66,11 +66,11 @@ def family_saving(num_parameters: Sequence[float], token_saving: float, *, teach
             f"and {token_saving}"
         )
     largest, *others = num_parameters
-    scratch = sum(training_flops(size, 1.0) for size in num_parameters)
+    scratch = sum(six_nd(size, 1.0) for size in num_parameters)
     beside, once = 0.0, 0.0
     if teacher is not None:
-        passes = forward_flops(teacher.size * largest, teacher.passes)
+        passes = two_nd(teacher.size * largest, teacher.passes)
         beside, once = (0.0, passes) if teacher.shared else (passes, 0.0)
-        once += training_flops(largest, teacher.correction)
-    distilled = sum((training_flops(size, 1.0) + beside) / token_saving for size in others)
-    return scratch / (training_flops(largest, 1.0) + distilled + once / token_saving)
+        once += six_nd(largest, teacher.correction)
+    distilled = sum((six_nd(size, 1.0) + beside) / token_saving for size in others)
+    return scratch / (six_nd(largest, 1.0) + distilled + once / token_saving)

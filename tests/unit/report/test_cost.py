@@ -4,7 +4,7 @@ import pytest
 
 from minitron.errors import ConfigError
 from minitron.report.ablation import token_saving
-from minitron.report.cost import TeacherCost, family_saving, forward_flops, training_flops
+from minitron.report.cost import TeacherCost, family_saving, six_nd, two_nd
 from minitron.report.data import TrainingCurve
 
 FLOPS_PER_STEP = [4.4e17, 2.5e17, 1.2e17]
@@ -13,8 +13,8 @@ BATCH_TOKENS = 1152 * 4096
 
 
 def test_flops_of_a_step_are_6nd() -> None:
-    assert training_flops(15.6e9, BATCH_TOKENS) == pytest.approx(FLOPS_PER_STEP[0], rel=0.01)
-    assert forward_flops(15.6e9, BATCH_TOKENS) == pytest.approx(FLOPS_PER_STEP[0] / 3, rel=0.01)
+    assert six_nd(15.6e9, BATCH_TOKENS) == pytest.approx(FLOPS_PER_STEP[0], rel=0.01)
+    assert two_nd(15.6e9, BATCH_TOKENS) == pytest.approx(FLOPS_PER_STEP[0] / 3, rel=0.01)
 
 
 @pytest.mark.parametrize(("teacher", "saving"), [(None, 1.80), (TeacherCost(), 1.77)])
