@@ -20,6 +20,7 @@ def main() -> int:
     for name in BOTH if target == "cpu" else (*BOTH, *GPU):
         importlib.import_module(name)
     torch = sys.modules["torch"]
+    torch.zeros(1).numpy()  # the lock's numpy fits a torch of the base's
     ours = VENV in Path(str(torch.__file__)).parents
     if ours != (target == "cpu"):
         print(f"import_check: torch {torch.__version__} is {torch.__file__}, which is not the {target} image's")

@@ -16,8 +16,10 @@ packages() {
 
 dependencies() {
     apt-get update
-    # iproute2 is for launch/torchrun.sh, whose `ip` finds this host's address.
-    apt-get install --yes --no-install-recommends 'tini=0.19.*' iproute2
+    # iproute2 is for launch/torchrun.sh, whose `ip` finds this host's address. Ubuntu's python3, which NVIDIA's image
+    # has, makes no venv without python3-venv.
+    [ "$1" = whole ] || set -- "$1" python3-venv
+    apt-get install --yes --no-install-recommends 'tini=0.19.*' iproute2 ${2:+"$2"}
     rm -rf /var/lib/apt/lists/*
     # Base images for a user of their own (NVIDIA's has `ubuntu` with the usual id).
     useradd --create-home --shell /bin/sh --uid 10001 --user-group minitron

@@ -1,6 +1,7 @@
 # shellcheck shell=bash
 # What every job script of minitron calls, in this order: say_where, run_ranks, go_on_or_end. Bash; sourced.
-# The script sets RUN_JOBS, the folder <run>/jobs, and may set SRUN_OPTIONS (an array).
+# The script sets RUN_JOBS, the folder <run>/jobs, and two arrays: SRUN_OPTIONS, and RANK_VARIABLES, names of variables
+# that it exports.
 #
 # The ranks check their machines first, as `minitron preflight` does.
 # Exit codes of a job: 0 done; 75 stopped on request with everything saved, or preempted, and requeued; anything else
@@ -17,12 +18,17 @@ say_where() {
 
 # One task is one rank: signals reach Python, and no second launcher is in between. A rank that fails ends the others.
 # Until Python holds the signal back, a few milliseconds after its start, it must not be fatal; a program that is
-# started inherits what the shell ignores.
+# started inherits what the shell ignores. Variables are given by `env` once more: in a container its image's values
+# come before those of the job.
 run_ranks() {
+    local name variables=()
     export OMP_NUM_THREADS="${OMP_NUM_THREADS:-${SLURM_CPUS_PER_TASK:-1}}"
     export SRUN_CPUS_PER_TASK="${SLURM_CPUS_PER_TASK:-1}" # srun itself no longer takes it from the job
+    for name in OMP_NUM_THREADS "${RANK_VARIABLES[@]}"; do
+        variables+=("$name=${!name}")
+    done
     # shellcheck disable=SC2016  # expanded by the inner shell
-    srun --kill-on-bad-exit=1 "${SRUN_OPTIONS[@]}" bash -c 'trap "" USR1; exec "$@"' rank "$@"
+    srun --kill-on-bad-exit=1 "${SRUN_OPTIONS[@]}" env "${variables[@]}" bash -c 'trap "" USR1; exec "$@"' rank "$@"
     status=$?
 }
 

@@ -11,7 +11,7 @@ import minitron
 from minitron.cli.turn import in_turn, report_error
 from minitron.errors import ConfigError, MinitronError, StoppedError
 from minitron.log import complain
-from minitron.runtime.env import DistEnv, dist_env, set_rank_environment
+from minitron.runtime.env import DistEnv, dist_env, prepare_rank
 from minitron.runtime.signals import hold_stop_signal
 
 if TYPE_CHECKING:
@@ -133,7 +133,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             return 0
         env = dist_env()
         if env is not None:
-            set_rank_environment(1)  # torchrun has set the threads of ranks that share a host, srun binds them to cores
+            prepare_rank()
         return _run(args.verb, args.overrides, env, print_config=args.print_config)
     except StoppedError as stopped:
         from minitron.cli.worker import stopped_code

@@ -20,6 +20,9 @@ from minitron.runtime.preflight import Asked, Check, preflight
 _PORTS_APART = 10000
 """From the port of a job's ranks to that of its preflight: a rank that is early must not meet the other group."""
 
+_UNPACKING_S = 1800
+"""How long nodes may wait for each other at the start of a job in a container: each unpacks the image by itself."""
+
 
 def check_rank(config: RunConfig, env: DistEnv, *, in_fp8: bool = True) -> None:
     """Check the machines as one of the ranks; rank 0 prints the table.
@@ -63,7 +66,8 @@ def check_job(config: RunConfig, env: DistEnv, *, in_fp8: bool) -> None:
     Raises:
         PlatformError: As `check_rank`; the job ends with it, and is not requeued.
     """
-    brief = replace(config.preflight, message_mb=1, outlier_share=0.0)
+    timeout_s = max(config.preflight.timeout_s, _UNPACKING_S if config.launch.container_image else 0)
+    brief = replace(config.preflight, message_mb=1, outlier_share=0.0, timeout_s=timeout_s)
     apart = replace(env, master_port=env.master_port - _PORTS_APART)
     check_rank(replace(config, preflight=brief), apart, in_fp8=in_fp8)
 

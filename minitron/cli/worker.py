@@ -18,7 +18,7 @@ from minitron.config.parallel import ParallelConfig
 from minitron.config.run import Device, RunConfig
 from minitron.config.search import SEARCH
 from minitron.errors import MinitronError, PlatformError, StoppedError
-from minitron.runtime.env import DistEnv, dist_env, set_rank_environment, slurm_env
+from minitron.runtime.env import DistEnv, dist_env, prepare_rank, slurm_env
 from minitron.runtime.signals import hold_stop_signal
 
 if TYPE_CHECKING:
@@ -46,7 +46,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         if env is None:
             raise PlatformError(f"{__name__} is started by minitron or torchrun, not by hand")
-        set_rank_environment(1)  # torchrun has set the threads of ranks that share a host, srun binds them to cores
+        prepare_rank()
         from minitron.config.compose import load_resolved
 
         hashes = json.loads(Path(outside).read_text(encoding="utf-8"))

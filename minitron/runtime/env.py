@@ -3,6 +3,8 @@
 import contextlib
 import os
 import re
+import socket
+import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Literal
@@ -37,6 +39,9 @@ class DistEnv:
 _TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 _SRUN = ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID", "SLURM_STEP_NODELIST", "SLURM_JOB_ID")
 
+ROUTES = "/proc/net/route"
+"""Linux's table of IPv4 routes."""
+
 
 def dist_env(environ: Mapping[str, str] | None = None) -> DistEnv | None:
     """Find out which rank this process is from what torchrun, or srun with one task per rank, has set.
@@ -64,16 +69,28 @@ def dist_env(environ: Mapping[str, str] | None = None) -> DistEnv | None:
                 "(srun --ntasks-per-node=1), or start minitron itself with one task per rank"
             )
         return by_torchrun
-    mine = (by_torchrun.rank, by_torchrun.world_size, by_torchrun.local_rank)
-    if mine != (by_slurm.rank, by_slurm.world_size, by_slurm.local_rank):
-        raise PlatformError(
-            f"RANK, WORLD_SIZE, LOCAL_RANK = {mine} but SLURM_PROCID, SLURM_STEP_NUM_TASKS, SLURM_LOCALID = "
-            f"{(by_slurm.rank, by_slurm.world_size, by_slurm.local_rank)}; unset the former, or start with torchrun"
-        )
-    return by_slurm  # some containers repeat SLURM's numbers under torchrun's names
+    ours, theirs = ((env.rank, env.world_size, env.local_rank) for env in (by_torchrun, by_slurm))
+    raise PlatformError(
+        f"RANK, WORLD_SIZE, LOCAL_RANK = {ours} but SLURM_PROCID, SLURM_STEP_NUM_TASKS, SLURM_LOCALID = {theirs}; "
+        "unset the former, or start with torchrun"
+    )
+
+
+def _repeats_srun(environ: Mapping[str, str]) -> bool:
+    """Whether torchrun's names hold srun's numbers: pyxis sets RANK and LOCAL_RANK in an image of PyTorch's.
+
+    So its pytorch_setup, for images that set PYTORCH_VERSION; a hook of enroot's, off by default, adds the others
+    (https://github.com/NVIDIA/pyxis, https://github.com/NVIDIA/enroot).
+    """
+    same = {"RANK": "SLURM_PROCID", "WORLD_SIZE": "SLURM_STEP_NUM_TASKS", "LOCAL_RANK": "SLURM_LOCALID"}
+    if "TORCHELASTIC_RUN_ID" in environ or not same.keys() & environ.keys():
+        return False
+    return all(environ[name] == environ.get(of_srun) for name, of_srun in same.items() if name in environ)
 
 
 def _torchrun_env(environ: Mapping[str, str]) -> DistEnv | None:
+    if "SLURM_STEP_NUM_TASKS" in environ and _repeats_srun(environ):
+        return None
     found = {name: environ[name] for name in _TORCHRUN if name in environ}
     if not found.keys() & {"RANK", "WORLD_SIZE", "LOCAL_RANK"}:
         return None  # an address alone is often set for all processes of a machine
@@ -196,6 +213,59 @@ def set_rank_environment(num_ranks: int, *, num_hosts: int = 1) -> None:
         defaults["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
     for name, value in defaults.items():
         os.environ.setdefault(name, value)
+
+
+def prepare_rank() -> None:
+    """Set what this rank's libraries look for, before they are imported; values set by the user win."""
+    set_rank_environment(1)  # torchrun has set the threads of ranks that share a host, srun binds them to cores
+    _use_writable_caches()
+    _use_reachable_interface()
+
+
+def _use_writable_caches() -> None:
+    """Give Triton and matplotlib a folder for what they make, where their own cannot be written.
+
+    A container is read-only by enroot's default, and one that runs as another user has no home folder. Triton would end
+    the first step of a distillation with that.
+    """
+    triton = f"{os.environ.get('TRITON_HOME', '~')}/.triton/cache"
+    for name, default in (("TRITON_CACHE_DIR", triton), ("MPLCONFIGDIR", "~/.config/matplotlib")):
+        path = os.environ.get(name) or os.path.expanduser(default)
+        try:
+            os.makedirs(path, exist_ok=True)
+            writable = os.access(path, os.W_OK)
+        except OSError:
+            writable = False
+        if not writable:
+            os.environ[name] = tempfile.mkdtemp(prefix="minitron-cache-")
+
+
+def _use_reachable_interface() -> None:
+    """Let gloo listen where the other hosts of a SLURM step find it; what the user has set wins.
+
+    It takes the address that the host's own name leads to. Where that is a loopback address (Debian and Ubuntu write
+    127.0.1.1 into /etc/hosts) or none, take the interface of the default route.
+    """
+    if os.environ.get("SLURM_STEP_NUM_NODES", "1") == "1":
+        return
+    try:
+        leads_out = not socket.gethostbyname(socket.gethostname()).startswith("127.")
+    except OSError:
+        leads_out = False
+    interface = None if leads_out else _default_interface()
+    if interface is not None:
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
+
+
+def _default_interface() -> str | None:
+    """Interface of the default route with the smallest metric; None where there is none."""
+    try:
+        with open(ROUTES, encoding="utf-8") as file:
+            rows = [line.split() for line in file][1:]
+    except OSError:
+        return None
+    found = [(int(row[6]), row[0]) for row in rows if row[1] == "00000000"]
+    return min(found)[1] if found else None
 
 
 def hide_gpus() -> None:

@@ -12,7 +12,7 @@ from jinja2 import Environment, StrictUndefined
 
 import minitron
 from minitron.config.launch import ClusterConfig, LaunchConfig
-from minitron.errors import PlatformError
+from minitron.errors import ConfigError, PlatformError
 
 SCRIPT_TEMPLATE = "stage.sbatch"
 COMMON_SCRIPT = "common.sh"
@@ -143,16 +143,39 @@ def _environment(job: Job, place: Place, launch: LaunchConfig, cluster: ClusterC
             default = f'export {name}="${{{name}:-{variable.value}}}"'
             lines.append(f"{default} # {variable.why}" if variable.why else default)
     options = []
+    if not job.alone and cluster.gpus_per_node:
+        options.append("--cpu-bind=none")  # by default every other rank gets cores of the socket away from its GPU
     if launch.container_image:
+        if job.alone or not cluster.gpus_per_node:
+            lines.append('export NVIDIA_VISIBLE_DEVICES="void" # or enroot ends where there is no driver')
         options += [
-            f"--container-image={launch.container_image}",
+            f"--container-image={container_image(launch.container_image, place.cwd)}",
             f"--container-mounts={','.join(mounts(place, launch))}",
             f"--container-workdir={place.cwd}",
             "--no-container-mount-home",
         ]
+    lines.append(f"RANK_VARIABLES=({'' if job.alone else ' '.join(sorted(cluster.variables))})")
     words = "".join(f"\n    {shlex.quote(option)}" for option in options)
     lines.append(f"SRUN_OPTIONS=({words})")
     return "\n".join(lines)
+
+
+def container_image(image: str, cwd: Path) -> str:
+    """The image as pyxis takes it: a name that begins with neither ``/`` nor ``.`` is one of a registry.
+
+    Args:
+        image: `launch.container_image`; a .sqsh file may be relative.
+        cwd: Working folder.
+
+    Raises:
+        ConfigError: A relative file is not there. (An absolute one may be on the nodes alone.)
+    """
+    if not image.endswith(".sqsh"):
+        return image
+    file = cwd / image
+    if not Path(image).is_absolute() and not file.is_file():
+        raise ConfigError(f"launch.container_image={image}: there is no {file}; name a file, or registry#name:tag")
+    return str(file)
 
 
 def mounts(place: Place, launch: LaunchConfig) -> list[str]:

@@ -99,13 +99,16 @@ DGX = """\
 #SBATCH --nice=10
 
 RUN_JOBS={run}/jobs
+export MELLANOX_VISIBLE_DEVICES="${{MELLANOX_VISIBLE_DEVICES:-all}}" # InfiniBand in containers \
+of sites that restrict /dev
 export NCCL_DEBUG="${{NCCL_DEBUG:-WARN}}" # say what went wrong, and nothing else
 export NCCL_IB_HCA="${{NCCL_IB_HCA:-=mlx5_0,mlx5_3,mlx5_4,mlx5_5,mlx5_6,mlx5_9,mlx5_10,mlx5_11}}" # the eight compute \
 cards; the others carry storage and management
-export NCCL_SOCKET_IFNAME="${{NCCL_SOCKET_IFNAME:-^lo,docker0}}" # no first contact over an interface that leads nowhere
 export PYTORCH_ALLOC_CONF="${{PYTORCH_ALLOC_CONF:-expandable_segments:True}}" # less memory lost between pieces of \
 changing size
+RANK_VARIABLES=(MELLANOX_VISIBLE_DEVICES NCCL_DEBUG NCCL_IB_HCA PYTORCH_ALLOC_CONF)
 SRUN_OPTIONS=(
+    --cpu-bind=none
     --container-image=/images/minitron.sqsh
     --container-mounts={cwd}:{cwd},{runs}:{runs},/lustre:/lustre,{text}
     --container-workdir={cwd}
@@ -290,6 +293,37 @@ def test_on_the_cpu_the_nodes_gpus_are_not_asked_for(compress: Compress, capsys:
     out = capsys.readouterr().out
     assert "#SBATCH --ntasks-per-node=2\n" in out
     assert "gpus-per-node" not in out
+
+
+def test_an_image_that_is_a_file(
+    compress: Compress, capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """pyxis would look for a relative one in a registry."""
+    monkeypatch.chdir(tmp_path)
+    container = ["launch.dry_run=true", "launch.container_image=images/minitron.sqsh"]
+    assert compress(*container, verb="import") == 3
+    file = tmp_path / "images" / "minitron.sqsh"
+    assert f"launch.container_image=images/minitron.sqsh: there is no {file}; name" in capsys.readouterr().err
+    file.parent.mkdir()
+    file.write_bytes(b"")
+    assert compress(*container, verb="import") == 0
+    assert f"    --container-image={file}\n" in capsys.readouterr().out
+    assert compress("launch.dry_run=true", "launch.container_image='nvcr.io#team/minitron:1'", verb="import") == 0
+    assert "    '--container-image=nvcr.io#team/minitron:1'\n" in capsys.readouterr().out
+
+
+def test_what_computes_on_cpus_asks_enroot_for_no_gpu(compress: Compress, capsys: pytest.CaptureFixture[str]) -> None:
+    """NVIDIA's images ask for all, and where there is no driver enroot would end with that."""
+    void = 'export NVIDIA_VISIBLE_DEVICES="void"'
+    container = ["launch.dry_run=true", "launch.container_image=/images/minitron.sqsh", "launch.container_mounts=[/]"]
+    for words, verb, said in (
+        ((*container, "cluster=dgx_h100"), "import", True),
+        ((*container, "cluster=dgx_h100"), "preflight", False),
+        (container, "preflight", True),
+        (container[:1], "import", False),
+    ):
+        assert compress(*TWO, *words, verb=verb) == 0
+        assert (void in capsys.readouterr().out) == said, (words, verb)
 
 
 def test_nodes_without_gpus_are_remarked_on(compress: Compress, capsys: pytest.CaptureFixture[str]) -> None:

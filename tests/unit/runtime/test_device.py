@@ -1,5 +1,9 @@
 """What is asked for and not possible on a device is an error that names both."""
 
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
 
@@ -46,3 +50,16 @@ def test_a_rank_without_a_gpu_of_its_own() -> None:
     env = DistEnv(rank=1, world_size=2, local_rank=1)
     with pytest.raises(PlatformError, match="local rank 1 has no GPU: torch sees 0"), process_group(env, Device.cuda):
         pass
+
+
+def test_fp32_is_not_tf32_where_an_image_asks_for_it() -> None:
+    """NVIDIA's do; torch reads the variable when it is imported, so another process does."""
+    script = (
+        "import torch; from minitron.config.run import Device; from minitron.runtime.device import process_group\n"
+        "from minitron.runtime.env import DistEnv\n"
+        "print(torch.get_float32_matmul_precision())\n"
+        "with process_group(DistEnv(0, 1, 0, master_port=0), Device.cpu): print(torch.get_float32_matmul_precision())"
+    )
+    environ = {**os.environ, "TORCH_ALLOW_TF32_CUBLAS_OVERRIDE": "1"}
+    done = subprocess.run([sys.executable, "-c", script], env=environ, capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["high", "highest"]

@@ -1,6 +1,10 @@
 """What the launcher's environment variables say, and layouts they do not fit."""
 
 import os
+import shutil
+import socket
+from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -8,6 +12,7 @@ import torch
 from minitron.config.parallel import ParallelConfig
 from minitron.config.run import Device
 from minitron.errors import LayoutError, PlatformError
+from minitron.runtime import env
 from minitron.runtime.device import check_num_ranks, resolve_device
 from minitron.runtime.env import DistEnv, SlurmJob, dist_env, first_host, num_cores, slurm_env, slurm_job
 
@@ -54,6 +59,7 @@ TORCHRUN = {
 TORCHRUN_RANK = DistEnv(9, 16, 1, "10.0.0.1", 29500, "torchrun")
 SLURM_RANK = DistEnv(3, 4, 1, "node1", 23456, "slurm")
 # What a container may add to every task of SLURM's, without any torchrun.
+# pyxis' pytorch_setup does RANK and LOCAL_RANK, a hook of enroot's the others.
 REPEATED = {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "MASTER_ADDR": "node1", "MASTER_PORT": "1"}
 
 
@@ -66,12 +72,27 @@ REPEATED = {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "MASTER_ADDR": "n
         (BATCH_SCRIPT, None),
         (TASK_3, SLURM_RANK),
         ({**TASK_3, **REPEATED}, SLURM_RANK),
+        ({**TASK_3, "RANK": "3", "LOCAL_RANK": "1"}, SLURM_RANK),
+        ({**ONE_TASK, "RANK": "0", "LOCAL_RANK": "0"}, None),
         (ONE_TASK, None),
         ({**ONE_TASK, **TORCHRUN}, TORCHRUN_RANK),
         ({**BATCH_SCRIPT, **TORCHRUN}, TORCHRUN_RANK),
         ({**ONE_AGENT_PER_NODE, **TORCHRUN}, TORCHRUN_RANK),
     ],
-    ids=["none", "address", "torchrun", "batch", "srun", "repeated", "shell", "in-shell", "in-batch", "in-srun"],
+    ids=[
+        "none",
+        "address",
+        "torchrun",
+        "batch",
+        "srun",
+        "repeated",
+        "pyxis",
+        "pyxis-shell",
+        "shell",
+        "in-shell",
+        "in-batch",
+        "in-srun",
+    ],
 )
 def test_dist_env(environ: dict[str, str], expected: DistEnv | None) -> None:
     assert dist_env(environ) == expected
@@ -98,6 +119,10 @@ def test_a_single_task_is_a_rank_for_a_worker() -> None:
             "torchrun was started by each of 4 SLURM tasks on 2 nodes; start it once per node (srun --ntasks",
         ),
         (
+            {**TASK_3, "RANK": "0", "LOCAL_RANK": "1"},
+            "RANK, LOCAL_RANK set but WORLD_SIZE, MASTER_ADDR, MASTER_PORT not",
+        ),
+        (
             {**TASK_3, **REPEATED, "RANK": "0"},
             "RANK, WORLD_SIZE, LOCAL_RANK = (0, 4, 1) but SLURM_PROCID, SLURM_STEP_NUM_TASKS, SLURM_LOCALID = (3, 4,",
         ),
@@ -107,6 +132,72 @@ def test_contradictions_are_refused(environ: dict[str, str], message: str) -> No
     with pytest.raises(PlatformError) as caught:
         dist_env(environ)
     assert message in str(caught.value)
+
+
+@pytest.fixture
+def environ(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """What a test sets in the environment is taken back."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("SLURM_STEP_NUM_NODES", "GLOO_SOCKET_IFNAME", "TRITON_CACHE_DIR", "MPLCONFIGDIR"):
+            patch.delenv(name, raising=False)
+        before = dict(os.environ)
+        yield
+        os.environ.clear()
+        os.environ.update(before)
+
+
+ROUTES = """\
+Iface\tDestination\tGateway \tFlags\tRefCnt\tUse\tMetric\tMask
+bmc0\t00000000\t010011AC\t0003\t0\t0\t200\t00000000
+eth1\t00000000\t010011AC\t0003\t0\t0\t100\t00000000
+ib0\t000011AC\t00000000\t0001\t0\t0\t0\t0000FFFF
+"""
+
+
+@pytest.mark.parametrize(
+    ("address", "nodes", "given", "expected"),
+    [
+        ("127.0.1.1", "2", None, "eth1"),  # Debian's habit
+        (None, "2", None, "eth1"),  # a name that leads nowhere
+        ("10.0.0.7", "2", None, None),
+        ("127.0.1.1", "1", None, None),
+        ("127.0.1.1", "2", "ib0", "ib0"),
+    ],
+)
+def test_gloo_listens_where_other_hosts_find_it(
+    environ: None,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    address: str | None,
+    nodes: str,
+    given: str | None,
+    expected: str | None,
+) -> None:
+    def lookup(_name: str) -> str:
+        if address is None:
+            raise socket.gaierror
+        return address
+
+    (tmp_path / "route").write_text(ROUTES)
+    monkeypatch.setattr(env, "ROUTES", str(tmp_path / "route"))
+    monkeypatch.setattr(socket, "gethostbyname", lookup)
+    os.environ["SLURM_STEP_NUM_NODES"] = nodes
+    if given:
+        os.environ["GLOO_SOCKET_IFNAME"] = given
+    env.prepare_rank()
+    assert os.environ.get("GLOO_SOCKET_IFNAME") == expected
+
+
+def test_caches_that_cannot_be_written_go_elsewhere(environ: None, tmp_path: Path) -> None:
+    """As in a read-only container, or without a home folder."""
+    (tmp_path / "file").write_text("")
+    os.environ.update(HOME=str(tmp_path / "file"), MPLCONFIGDIR=str(tmp_path / "plots"))
+    env.prepare_rank()
+    assert os.environ["MPLCONFIGDIR"] == str(tmp_path / "plots")
+    folder = Path(os.environ["TRITON_CACHE_DIR"])
+    (folder / "kernel").write_text("")
+    assert tmp_path not in folder.parents
+    shutil.rmtree(folder)
 
 
 @pytest.mark.parametrize(
