@@ -76,9 +76,14 @@ def sharded_weights(gpt: Iterable[GPTModel]) -> ShardedStateDict:
 
 
 def with_history(weights: ShardedStateDict, kept: frozenset[str] = frozenset()) -> ShardedStateDict:
-    """The chunks' sharded state dicts with no more of what layers keep beside their weights than ``kept``, by key."""
+    """The chunks' sharded state dicts with no more of what layers keep beside their weights than ``kept``, by key.
+
+    The key is the checkpoint's: Transformer Engine's experts are one layer, whose entries in the dict are numbered.
+    """
     return {
-        name: {key: value for key, value in state.items() if not key.endswith(EXTRA_STATE) or value.key in kept}
+        name: {
+            entry: value for entry, value in state.items() if not value.key.endswith(EXTRA_STATE) or value.key in kept
+        }
         for name, state in weights.items()
     }
 

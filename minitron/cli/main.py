@@ -5,10 +5,10 @@ import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 import minitron
-from minitron.cli.turn import in_turn, report_error
+from minitron.cli.turn import end_process, in_turn, report_error
 from minitron.errors import ConfigError, MinitronError, StoppedError
 from minitron.log import complain
 from minitron.runtime.env import DistEnv, dist_env, prepare_rank
@@ -117,7 +117,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Entry point of the console script.
+    """One command.
 
     Returns:
         Exit code: 0, or the ``exit_code`` of the error that is printed in one line.
@@ -182,5 +182,10 @@ def _check_cluster(config: "RunConfig", overrides: list[str]) -> None:
         raise ConfigError(f"{given[0]} is read with launch=slurm only, but launch={config.launch.kind}; leave it out")
 
 
+def console() -> NoReturn:
+    """The console script."""
+    end_process(main)
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    console()

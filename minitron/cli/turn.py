@@ -1,8 +1,12 @@
-"""One voice for many ranks: who prints an error that several of them meet."""
+"""One voice for many ranks: who prints an error that several of them meet, and how a rank ends after one."""
 
+import os
+import sys
 import time
-from collections.abc import Iterator
+import traceback
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import NoReturn
 
 from minitron.errors import MinitronError, StoppedError
 from minitron.log import complain
@@ -46,3 +50,31 @@ def report_error(error: MinitronError, env: DistEnv | None) -> None:
         return
     where = f" (rank {env.rank})" if env is not None and env.rank else ""
     complain(f"error{where}: {error}")
+
+
+def end_process(main: Callable[[], int]) -> NoReturn:
+    """Run an entry point, and end this process with its exit code.
+
+    Where an error has left the groups of several GPUs standing (`minitron.runtime.device.process_group`), it ends at
+    once: Python's own way out takes them down, which waits for the other ranks, while the launcher waits for this one.
+
+    Args:
+        main: Returns the exit code.
+    """
+    try:
+        code = main()
+    except Exception:
+        if not _group_stands():
+            raise
+        traceback.print_exc()
+        code = 1
+    if _group_stands():
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)
+
+
+def _group_stands() -> bool:
+    distributed = sys.modules.get("torch.distributed")  # not imported for the sake of the question
+    return distributed is not None and distributed.is_available() and distributed.is_initialized()

@@ -12,7 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from minitron.cli.turn import in_turn, report_error
+from minitron.cli.turn import end_process, in_turn, report_error
 from minitron.config.launch import LaunchKind
 from minitron.config.parallel import ParallelConfig
 from minitron.config.run import Device, RunConfig
@@ -197,4 +197,4 @@ def _quiet() -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    end_process(main)

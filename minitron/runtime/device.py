@@ -12,9 +12,9 @@ from minitron.compat.cpu import CPU_LAYER
 from minitron.config.fp8 import NEEDS, unmet_need
 from minitron.config.gpus import GPUS
 from minitron.config.parallel import ParallelConfig
-from minitron.config.precision import Fp8Recipe
+from minitron.config.precision import Dtype, Fp8Recipe
 from minitron.config.run import Device, RunConfig
-from minitron.errors import LayoutError, PlatformError
+from minitron.errors import LayoutError, PlatformError, StoppedError
 from minitron.runtime.env import DistEnv, hide_gpus, num_cores
 
 COLLECTIVE_TIMEOUT = datetime.timedelta(hours=2)
@@ -43,7 +43,7 @@ def resolve_device(device: Device) -> Device:
 
 
 def check_precision(config: RunConfig, device: Device) -> None:
-    """Refuse FP8 that the device cannot do, going by its compute capability and by the CUDA torch was built for.
+    """Refuse number formats that the device cannot do: FP8 going by its compute capability and by torch's CUDA.
 
     Args:
         config: The run.
@@ -57,6 +57,8 @@ def check_precision(config: RunConfig, device: Device) -> None:
             _refuse_without_gpu(key, recipe, "the device is cpu")
         if reason := _unmet_by_gpu(recipe, 0):
             _refuse(key, recipe, reason)
+    if device is Device.cuda:
+        _refuse_split_sequences_in_fp32(config)
 
 
 def _unmet_by_gpu(recipe: Fp8Recipe, index: int) -> str | None:
@@ -88,7 +90,7 @@ def refused_fp8(recipes: Mapping[str, Fp8Recipe], device: torch.device) -> dict[
 
 
 def check_cluster_precision(config: RunConfig) -> None:
-    """Refuse FP8 that a cluster's nodes cannot do, going by its configuration: they are not at hand.
+    """Refuse number formats that a cluster's nodes cannot do, going by its configuration: they are not at hand.
 
     Args:
         config: The run. Where ``cluster.gpu`` is not known, or too old a CUDA is on the nodes, the ranks find out.
@@ -104,6 +106,24 @@ def check_cluster_precision(config: RunConfig) -> None:
             continue
         if reason := unmet_need(recipe, capability=GPUS[gpu].capability, cuda=None):
             _refuse(key, recipe, reason, on=f"cluster.gpu={gpu}")
+    if config.cluster.gpus_per_node and config.device is not Device.cpu:
+        _refuse_split_sequences_in_fp32(config)
+
+
+def _refuse_split_sequences_in_fp32(config: RunConfig) -> None:
+    """Transformer Engine 2.20 chooses no attention at all for fp32 under context parallelism.
+
+    Its `get_attention_backend` (pytorch/attention/dot_product_attention/utils.py) leaves out FlashAttention and cuDNN
+    for fp32, and its own plain attention where the sequence is split.
+    """
+    size = config.parallel.context_parallel_size
+    dtypes = {"precision.dtype": config.precision.dtype, "distill.teacher.dtype": config.distill.teacher.dtype}
+    for key, dtype in dtypes.items():
+        if size > 1 and dtype is Dtype.fp32:
+            raise PlatformError(
+                f"{key}=fp32 with parallel.context_parallel_size={size}: Transformer Engine has no such attention on a "
+                f"GPU; set {key}=bf16, or parallel.context_parallel_size=1"
+            )
 
 
 def check_transformer_engine(config: RunConfig, device: Device) -> None:
@@ -184,6 +204,9 @@ def process_group(env: DistEnv, device: Device, *, timeout: datetime.timedelta =
         env: This process's rank.
         device: ``cpu`` (gloo) or ``cuda`` (nccl); see `resolve_device`.
         timeout: Longest wait of a collective for the slowest rank.
+
+    After an error on several GPUs the groups are left standing, and the process has to end with `end_process`: taking
+    NCCL's down waits for the ranks at the other end, which wait for this one.
     """
     if device is Device.cpu:
         CPU_LAYER.apply()
@@ -197,10 +220,17 @@ def process_group(env: DistEnv, device: Device, *, timeout: datetime.timedelta =
         world_size=env.world_size,
         timeout=timeout,
     )
+    leaves = True
     try:
         yield
+    except StoppedError:  # all ranks leave together
+        raise
+    except BaseException:
+        leaves = device is Device.cpu or env.world_size == 1
+        raise
     finally:
-        torch.distributed.destroy_process_group()
+        if leaves:
+            torch.distributed.destroy_process_group()
         CPU_LAYER.undo()
 
 

@@ -35,6 +35,9 @@ SMALL = ModelConfig(
     rotary_base=10000.0,
 )
 SMALLER = replace(SMALL, hidden_size=192, ffn_hidden_size=512)
+EXPERTS = replace(
+    SMALL, architecture=Architecture.qwen3_moe, num_layers=2, ffn_hidden_size=128, num_moe_experts=4, moe_router_topk=2
+)
 
 LLAMA_4B_WIDTH = replace(LLAMA_8B, hidden_size=3072, ffn_hidden_size=9216)
 """The papers' student of it (arXiv 2408.11796, table 2), pruned in width."""

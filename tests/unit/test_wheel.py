@@ -37,4 +37,4 @@ def test_wheel_holds_nothing_else(wheel: zipfile.ZipFile) -> None:
 
 def test_wheel_installs_the_command(wheel: zipfile.ZipFile) -> None:
     text = wheel.read("minitron-0.1.0.dist-info/entry_points.txt").decode()
-    assert "minitron = minitron.cli.main:main" in text
+    assert "minitron = minitron.cli.main:console" in text

@@ -1,5 +1,6 @@
 """What is asked for and not possible on a device is an error that names both."""
 
+import contextlib
 import os
 import subprocess
 import sys
@@ -9,8 +10,8 @@ import torch
 
 from minitron.config.compose import compose_run
 from minitron.config.run import Device
-from minitron.errors import PlatformError
-from minitron.runtime.device import check_precision, process_group, resolve_device
+from minitron.errors import PlatformError, StoppedError
+from minitron.runtime.device import check_cluster_precision, check_precision, process_group, resolve_device
 from minitron.runtime.env import DistEnv
 
 RANDOM = "source.kind=random"
@@ -36,6 +37,51 @@ def test_fp8_on_the_cpu(overrides: list[str], said: str) -> None:
 
 def test_bf16_on_the_cpu() -> None:
     check_precision(compose_run([RANDOM, "precision=bf16", "precision.fp8_recipe=mxfp8"]), Device.cpu)
+
+
+def test_split_sequences_in_fp32_on_gpus() -> None:
+    split = [RANDOM, "parallel.context_parallel_size=2"]
+    with pytest.raises(PlatformError) as caught:
+        check_precision(compose_run(split), Device.cuda)
+    assert str(caught.value) == (
+        "precision.dtype=fp32 with parallel.context_parallel_size=2: Transformer Engine has no such attention on a "
+        "GPU; set precision.dtype=bf16, or parallel.context_parallel_size=1"
+    )
+    check_precision(compose_run(split), Device.cpu)
+    check_precision(compose_run([*split, "precision=bf16"]), Device.cuda)
+    with pytest.raises(PlatformError, match=r"^distill.teacher.dtype=fp32 with"):
+        check_precision(compose_run([*split, "precision=bf16", "distill.teacher.dtype=fp32"]), Device.cuda)
+    on_nodes = [*split, "launch=slurm", "cluster=dgx_h100"]
+    with pytest.raises(PlatformError, match=r"^precision.dtype=fp32 with"):
+        check_cluster_precision(compose_run(on_nodes))
+    check_cluster_precision(compose_run([*on_nodes, "device=cpu"]))
+
+
+@pytest.mark.parametrize(
+    ("device", "num_ranks", "error", "stands"),
+    [
+        (Device.cuda, 2, ValueError(), True),
+        (Device.cuda, 2, StoppedError("stopped"), False),
+        (Device.cuda, 2, None, False),
+        (Device.cuda, 1, ValueError(), False),
+        (Device.cpu, 2, ValueError(), False),
+    ],
+)
+def test_an_error_on_several_gpus_leaves_the_group_standing(
+    monkeypatch: pytest.MonkeyPatch, device: Device, num_ranks: int, error: Exception | None, stands: bool
+) -> None:
+    """Taking NCCL's groups down would wait for the other ranks."""
+    ended: list[str] = []
+    monkeypatch.setattr("minitron.runtime.device._set_cuda_device", lambda _env: None)
+    monkeypatch.setattr("torch.distributed.init_process_group", lambda **_settings: None)
+    monkeypatch.setattr("torch.distributed.destroy_process_group", lambda: ended.append("group"))
+    with (
+        contextlib.suppress(ValueError, StoppedError),
+        process_group(DistEnv(0, num_ranks, 0), device),
+    ):
+        if error is not None:
+            raise error
+    assert (ended == []) == stands
 
 
 @on_a_cpu

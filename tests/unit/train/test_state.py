@@ -37,6 +37,7 @@ def test_only_stored_extra_states_are_asked_for() -> None:
         return SimpleNamespace(key=key)
 
     names = {"weight": "a.weight", "x._extra_state": "a._extra_state", "y._extra_state": "b._extra_state"}
+    names["z._extra_state1"] = "c._extra_state"  # of the second of several experts in one layer
     weights = {"model0": {name: sharded(key) for name, key in names.items()}}
     assert set(with_history(weights, frozenset({"a._extra_state"}))["model0"]) == {"weight", "x._extra_state"}
     assert set(with_history(weights)["model0"]) == {"weight"}
