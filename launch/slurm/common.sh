@@ -28,7 +28,7 @@ run_ranks() {
         variables+=("$name=${!name}")
     done
     # shellcheck disable=SC2016  # expanded by the inner shell
-    srun --kill-on-bad-exit=1 "${SRUN_OPTIONS[@]}" env "${variables[@]}" bash -c 'trap "" USR1; exec "$@"' rank "$@"
+    srun --kill-on-bad-exit=1 "${SRUN_OPTIONS[@]}" bash -c 'trap "" USR1; exec env "$@"' rank "${variables[@]}" "$@"
     status=$?
 }
 

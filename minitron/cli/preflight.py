@@ -21,7 +21,7 @@ _PORTS_APART = 10000
 """From the port of a job's ranks to that of its preflight: a rank that is early must not meet the other group."""
 
 _UNPACKING_S = 1800
-"""How long nodes may wait for each other at the start of a job in a container: each unpacks the image by itself."""
+"""How long the ranks of a job in a container wait for each other at least: each node unpacks the image by itself."""
 
 
 def check_rank(config: RunConfig, env: DistEnv, *, in_fp8: bool = True) -> None:
@@ -38,9 +38,9 @@ def check_rank(config: RunConfig, env: DistEnv, *, in_fp8: bool = True) -> None:
     with in_turn(env):
         check_num_ranks(env, config.parallel)
         device = resolve_device(config.device)
-    timeout = datetime.timedelta(seconds=config.preflight.timeout_s)
+    wait_s = max(config.preflight.timeout_s, _UNPACKING_S if config.launch.container_image else 0)
     try:
-        with process_group(env, device, timeout=timeout), in_turn(env):
+        with process_group(env, device, timeout=datetime.timedelta(seconds=wait_s)), in_turn(env):
             here = torch.device("cpu") if device is Device.cpu else torch.device("cuda", env.local_rank)
             asked = Asked(config.fp8_recipes if in_fp8 else {}, prefers_gpu=config.device is Device.auto)
             checks = preflight(Path(config.runs_dir) / config.name, here, config.preflight, asked)
@@ -49,9 +49,9 @@ def check_rank(config: RunConfig, env: DistEnv, *, in_fp8: bool = True) -> None:
             _agree([check.name for check in checks if check.reason is not None], len(checks))
     except RuntimeError as error:  # torch's, of the connection or of a collective
         reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        waited = f"preflight.timeout_s={wait_s}" if wait_s == config.preflight.timeout_s else f"{wait_s} s"
         raise PlatformError(
-            f"the {env.world_size} ranks do not reach each other (within preflight.timeout_s="
-            f"{config.preflight.timeout_s}): {reason}"
+            f"the {env.world_size} ranks do not reach each other (within {waited}): {reason}"
         ) from error
 
 
@@ -66,8 +66,7 @@ def check_job(config: RunConfig, env: DistEnv, *, in_fp8: bool) -> None:
     Raises:
         PlatformError: As `check_rank`; the job ends with it, and is not requeued.
     """
-    timeout_s = max(config.preflight.timeout_s, _UNPACKING_S if config.launch.container_image else 0)
-    brief = replace(config.preflight, message_mb=1, outlier_share=0.0, timeout_s=timeout_s)
+    brief = replace(config.preflight, message_mb=1, outlier_share=0.0)
     apart = replace(env, master_port=env.master_port - _PORTS_APART)
     check_rank(replace(config, preflight=brief), apart, in_fp8=in_fp8)
 

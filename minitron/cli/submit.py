@@ -13,7 +13,7 @@ from rich.table import Table
 
 from minitron.cli.start import write_resolved
 from minitron.config.compose import to_yaml
-from minitron.config.launch import nodes_of
+from minitron.config.launch import ClusterConfig, nodes_of
 from minitron.config.run import Device, RunConfig
 from minitron.errors import ArtefactError, ConfigError, MinitronError
 from minitron.pipeline import OutsideHashes, Planned
@@ -57,19 +57,15 @@ def submit_run(
 
     Raises:
         ArtefactError: Jobs of this run are in the queue, or its folder cannot be written.
-        ConfigError: What the jobs read is not in their container.
+        ConfigError: What the jobs read is not in their container; the nodes have no GPUs, and the run wants them.
         PlatformError: SLURM refuses a job; those before it are taken back.
     """
     console = Console(soft_wrap=True)
     place = _place(config, run)
     check_mounts(config, place)
-    given, cluster = config, config.cluster
-    if cluster.gpus_per_node and config.device is Device.auto:
-        config = replace(config, device=Device.cuda)  # a node without its GPUs is an error, not a slow job
-    elif config.device is Device.cpu:  # as many ranks, and no GPU of theirs
-        cluster = replace(cluster, gpus_per_node=0, ranks_per_node=cluster.most_ranks)
-    elif not cluster.gpus_per_node and any(not job.alone for job in jobs):
+    if not config.cluster.gpus_per_node and config.device is Device.auto and any(not job.alone for job in jobs):
         console.print(f"# {_CPUS_ONLY}", highlight=False, markup=False)
+    given, (config, cluster) = config, _on_nodes(config)
     arguments = [str(place.folder / RESOLVED_FILE), str(place.folder / OUTSIDE_FILE)]
     scripts = {
         job.name: render_script(job, [arguments[0], ",".join(job.stages), arguments[1]], place, config.launch, cluster)
@@ -99,6 +95,20 @@ def submit_run(
     console.print(_table(jobs, numbers))
     status = f"; how it goes: minitron status {run.path}" if wanted else ""
     console.print(f"scripts and logs: {place.folder}/{status}", highlight=False)
+
+
+def _on_nodes(config: RunConfig) -> tuple[RunConfig, ClusterConfig]:
+    """The run and its nodes as the jobs take them, by the device."""
+    cluster = config.cluster
+    if config.device is Device.cpu:  # as many ranks, and no GPU of theirs
+        return config, replace(cluster, gpus_per_node=0, ranks_per_node=cluster.most_ranks)
+    if cluster.gpus_per_node:  # a node without its GPUs is an error, not a slow job
+        return replace(config, device=Device.cuda), cluster
+    if config.device is Device.cuda:
+        raise ConfigError(
+            "device=cuda, but the nodes have no GPUs (cluster.gpus_per_node=0); name others, such as cluster=dgx_h100"
+        )
+    return config, cluster
 
 
 def check_mounts(config: RunConfig, place: Place) -> None:

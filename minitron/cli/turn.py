@@ -22,6 +22,8 @@ _BEHIND_A_PEER_S = 2.0
 def in_turn(env: DistEnv | None) -> Iterator[None]:
     """Hold this rank's error back while another may have the one to print: the launcher then stops this rank.
 
+    torchrun does, and srun with ``--kill-on-bad-exit``.
+
     Rank 0 speaks first, so an error that all ranks meet is printed once. An error that is no user's waits on rank 0
     too: most often it is a broken connection to a rank that has just said what is wrong. To be used inside the
     process group: leaving that is what breaks the others' connections.

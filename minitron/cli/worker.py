@@ -62,6 +62,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
             note_error(Path(config.runs_dir) / config.name, error.exit_code)
         return error.exit_code
+    except KeyboardInterrupt:  # the process that started this rank speaks
+        return 130
     return 0
 
 

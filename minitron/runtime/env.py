@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from minitron.errors import PlatformError
+from minitron.log import complain
 
 
 @dataclass(frozen=True)
@@ -89,7 +90,7 @@ def _repeats_srun(environ: Mapping[str, str]) -> bool:
 
 
 def _torchrun_env(environ: Mapping[str, str]) -> DistEnv | None:
-    if "SLURM_STEP_NUM_TASKS" in environ and _repeats_srun(environ):
+    if _repeats_srun(environ):
         return None
     found = {name: environ[name] for name in _TORCHRUN if name in environ}
     if not found.keys() & {"RANK", "WORLD_SIZE", "LOCAL_RANK"}:
@@ -217,27 +218,36 @@ def set_rank_environment(num_ranks: int, *, num_hosts: int = 1) -> None:
 
 def prepare_rank() -> None:
     """Set what this rank's libraries look for, before they are imported; values set by the user win."""
-    set_rank_environment(1)  # torchrun has set the threads of ranks that share a host, srun binds them to cores
-    _use_writable_caches()
+    set_rank_environment(1)  # torchrun has set the threads of ranks that share a host, a job's script those of SLURM's
+    _use_writable_cache()
     _use_reachable_interface()
 
 
-def _use_writable_caches() -> None:
-    """Give Triton and matplotlib a folder for what they make, where their own cannot be written.
+def _use_writable_cache() -> None:
+    """Give Triton a folder for compiled kernels where its own cannot be written: it would end a distillation with that.
 
-    A container is read-only by enroot's default, and one that runs as another user has no home folder. Triton would end
-    the first step of a distillation with that.
+    A container is read-only by enroot's default, one that runs as another user has no home folder, and a job inherits a
+    folder that its container lacks.
     """
-    triton = f"{os.environ.get('TRITON_HOME', '~')}/.triton/cache"
-    for name, default in (("TRITON_CACHE_DIR", triton), ("MPLCONFIGDIR", "~/.config/matplotlib")):
-        path = os.environ.get(name) or os.path.expanduser(default)
-        try:
-            os.makedirs(path, exist_ok=True)
-            writable = os.access(path, os.W_OK)
-        except OSError:
-            writable = False
-        if not writable:
-            os.environ[name] = tempfile.mkdtemp(prefix="minitron-cache-")
+    given = os.environ.get("TRITON_CACHE_DIR")
+    if _can_write(given or os.path.expanduser(f"{os.environ.get('TRITON_HOME', '~')}/.triton/cache")):
+        return
+    folder = f"{tempfile.gettempdir()}/minitron-triton-{os.getuid()}"  # for all ranks of this host, and the next run
+    if not _can_write(folder) or os.stat(folder).st_uid != os.getuid():
+        folder = tempfile.mkdtemp(prefix="minitron-triton-")
+    os.environ["TRITON_CACHE_DIR"] = folder
+    if given and os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", "0")) == "0":
+        complain(f"TRITON_CACHE_DIR={given} cannot be written on {socket.gethostname()}: {folder} in its place")
+
+
+def _can_write(folder: str) -> bool:
+    if not os.path.isabs(folder):  # ~ without a home
+        return False
+    try:
+        os.makedirs(folder, mode=0o700, exist_ok=True)
+    except OSError:
+        return False
+    return os.access(folder, os.W_OK)
 
 
 def _use_reachable_interface() -> None:
@@ -264,7 +274,9 @@ def _default_interface() -> str | None:
             rows = [line.split() for line in file][1:]
     except OSError:
         return None
-    found = [(int(row[6]), row[0]) for row in rows if row[1] == "00000000"]
+    everywhere, unreachable = ("00000000", "00000000"), 0x200
+    defaults = (row for row in rows if (row[1], row[7]) == everywhere and not int(row[3], 16) & unreachable)
+    found = [(int(row[6]), row[0]) for row in defaults]
     return min(found)[1] if found else None
 
 

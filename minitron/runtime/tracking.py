@@ -2,9 +2,11 @@
 
 import json
 from pathlib import Path
-from typing import Any
+from types import TracebackType
+from typing import Any, Self
 
 from minitron.config.run import TrackingConfig
+from minitron.errors import StoppedError
 from minitron.runtime.artefact import write_whole
 from minitron.runtime.env import wandb_mode
 
@@ -79,10 +81,24 @@ class MetricsWriter:
             for name, value in values.items():
                 self._tensorboard.add_scalar(name, value, step)
 
-    def close(self) -> None:
-        """Flush the trackers."""
+    def __enter__(self) -> Self:
+        """The writer."""
+        return self
+
+    def __exit__(
+        self, _type: type[BaseException] | None, error: BaseException | None, _traceback: TracebackType | None
+    ) -> None:
+        """Close, with what ended the training: what was written last tells most of an error."""
+        self.close(failed=error is not None and not isinstance(error, StoppedError))
+
+    def close(self, *, failed: bool = False) -> None:
+        """Flush the trackers.
+
+        Args:
+            failed: Weights & Biases shows the run as failed.
+        """
         if self._wandb is not None:
-            self._wandb.finish()
+            self._wandb.finish(exit_code=int(failed))
         if self._tensorboard is not None:
             self._tensorboard.close()
 

@@ -71,13 +71,17 @@ def train(job: TrainJob) -> dict[str, float]:
         NumericsError: A gradient was not finite; nothing was saved since.
         StoppedError: The ranks agreed to stop; the state is saved.
     """
-    settings, num_steps = job.train, job.batches.num_steps
     step = load_state(job.trainable, job.states)
     if step == 0 and job.earlier is not None:
         step = load_state(job.trainable, job.earlier)
     if step == 0:
         fill_fp8_history(job.trainable, job.objective, partial(_microbatches, job, 0), group_size=job.group_size)
-    metrics = job.open_metrics(step + 1)
+    with job.open_metrics(step + 1) as metrics:
+        return _train_on(job, step, metrics)
+
+
+def _train_on(job: TrainJob, step: int, metrics: MetricsWriter) -> dict[str, float]:
+    settings, num_steps = job.train, job.batches.num_steps
     clock, clock_step = time.monotonic(), step
     heldout = HeldoutLoss(float("nan"), 0)
     if step == num_steps:
@@ -115,9 +119,7 @@ def train(job: TrainJob) -> dict[str, float]:
             save_state(job.trainable, job.states, step=step)
             clock += time.monotonic() - saving
         if stops:
-            metrics.close()
             raise StoppedError(f"stopped after step {step} of {num_steps}, saved; the same command goes on from there")
-    metrics.close()
     tokens = step * settings.tokens_per_step(job.seq_length)
     return {"steps": step, "tokens": tokens, "heldout_loss": heldout.loss, "heldout_tokens": heldout.num_tokens}
 

@@ -31,6 +31,25 @@ def test_shells_agree_with_the_scripts(compress: Compress, slurm: Path, tmp_path
     assert checked.returncode == 0, checked.stdout
 
 
+def test_variables_and_a_held_back_signal_reach_the_ranks(compress: Compress, slurm: Path, tmp_path: Path) -> None:
+    """In a container its image's values count for more than the job's, which therefore are given once more."""
+    spaced = "+cluster.variables={OUR_SWITCHES: {value: 'a b  c=d', why: spaces}}"
+    rank = tmp_path / "my rank"
+    rank.write_text('#!/bin/bash\nkill -USR1 $$\necho "<$OUR_SWITCHES> <$OMP_NUM_THREADS>" "$2"\n')
+    rank.chmod(0o755)
+    assert compress(spaced, f"launch.python='{rank}'", verb="preflight") == 0
+    (slurm / "srun").write_text(
+        '#!/bin/bash\nwhile [[ $1 == -* ]]; do shift; done\nexport OUR_SWITCHES=image OMP_NUM_THREADS=1\nexec "$@"\n'
+    )
+    (slurm / "srun").chmod(0o755)
+    env = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
+    env |= {"SLURM_JOB_ID": "5", "SLURM_JOB_NODELIST": "n1", "SLURM_CPUS_PER_TASK": "3"}
+    script = tmp_path / "runs" / "tiny" / "jobs" / "001" / "preflight.sbatch"
+    done = subprocess.run(["bash", script], env=env, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "\n<a b  c=d> <3> minitron.cli.worker\n" in done.stdout
+
+
 def test_a_job_ends_with_the_code_of_the_error_not_of_the_ranks_that_it_cut_off(
     compress: Compress, slurm: Path, tmp_path: Path
 ) -> None:

@@ -2,8 +2,12 @@
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
+
+from minitron.cli import worker
+from minitron.runtime.env import DistEnv
 
 GROUP = """
 import torch
@@ -31,6 +35,20 @@ def test_exit_code(group: str) -> None:
     done = _run("return 7", group)
     assert done.returncode == 7
     assert done.stdout == ("said\n" if group else "said\nPython's own way out\n")
+
+
+def test_ctrl_c_ends_a_rank_without_a_traceback(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Torch's launcher hands SIGINT on; the group may be standing."""
+
+    def interrupted(*_args: object, **_kwargs: object) -> None:
+        raise KeyboardInterrupt
+
+    (tmp_path / "outside.json").write_text("{}")
+    monkeypatch.setattr(worker, "dist_env", lambda: DistEnv(0, 2, 0))
+    monkeypatch.setattr(worker, "prepare_rank", lambda: None)
+    monkeypatch.setattr("minitron.config.compose.load_resolved", lambda _path: None)
+    monkeypatch.setattr(worker, "run_rank", interrupted)
+    assert worker.main(["resolved.yaml", "distill", str(tmp_path / "outside.json")]) == 130
 
 
 @pytest.mark.parametrize("group", ["", GROUP], ids=["none", "standing"])

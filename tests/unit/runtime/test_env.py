@@ -1,8 +1,8 @@
 """What the launcher's environment variables say, and layouts they do not fit."""
 
 import os
-import shutil
 import socket
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -74,6 +74,7 @@ REPEATED = {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "MASTER_ADDR": "n
         ({**TASK_3, **REPEATED}, SLURM_RANK),
         ({**TASK_3, "RANK": "3", "LOCAL_RANK": "1"}, SLURM_RANK),
         ({**ONE_TASK, "RANK": "0", "LOCAL_RANK": "0"}, None),
+        ({**BATCH_SCRIPT, "RANK": "0", "LOCAL_RANK": "0"}, None),
         (ONE_TASK, None),
         ({**ONE_TASK, **TORCHRUN}, TORCHRUN_RANK),
         ({**BATCH_SCRIPT, **TORCHRUN}, TORCHRUN_RANK),
@@ -88,6 +89,7 @@ REPEATED = {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "MASTER_ADDR": "n
         "repeated",
         "pyxis",
         "pyxis-shell",
+        "pyxis-batch",
         "shell",
         "in-shell",
         "in-batch",
@@ -138,7 +140,7 @@ def test_contradictions_are_refused(environ: dict[str, str], message: str) -> No
 def environ(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """What a test sets in the environment is taken back."""
     with pytest.MonkeyPatch.context() as patch:
-        for name in ("SLURM_STEP_NUM_NODES", "GLOO_SOCKET_IFNAME", "TRITON_CACHE_DIR", "MPLCONFIGDIR"):
+        for name in ("SLURM_STEP_NUM_NODES", "GLOO_SOCKET_IFNAME", "TRITON_CACHE_DIR", "TRITON_HOME"):
             patch.delenv(name, raising=False)
         before = dict(os.environ)
         yield
@@ -148,6 +150,8 @@ def environ(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 ROUTES = """\
 Iface\tDestination\tGateway \tFlags\tRefCnt\tUse\tMetric\tMask
+tun0\t00000000\t010011AC\t0003\t0\t0\t0\t00000080
+*\t00000000\t00000000\t0200\t0\t0\t0\t00000000
 bmc0\t00000000\t010011AC\t0003\t0\t0\t200\t00000000
 eth1\t00000000\t010011AC\t0003\t0\t0\t100\t00000000
 ib0\t000011AC\t00000000\t0001\t0\t0\t0\t0000FFFF
@@ -188,16 +192,41 @@ def test_gloo_listens_where_other_hosts_find_it(
     assert os.environ.get("GLOO_SOCKET_IFNAME") == expected
 
 
-def test_caches_that_cannot_be_written_go_elsewhere(environ: None, tmp_path: Path) -> None:
-    """As in a read-only container, or without a home folder."""
+@pytest.mark.parametrize("given", [None, "file/kernels"])
+def test_a_cache_that_cannot_be_written_goes_elsewhere(
+    environ: None,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    given: str | None,
+) -> None:
+    """As in a read-only container, without a home folder, or where the submitting shell named a folder of its own."""
     (tmp_path / "file").write_text("")
-    os.environ.update(HOME=str(tmp_path / "file"), MPLCONFIGDIR=str(tmp_path / "plots"))
+    monkeypatch.setattr(tempfile, "gettempdir", lambda: str(tmp_path))
+    os.environ["HOME"] = str(tmp_path / "file")
+    if given:
+        os.environ["TRITON_CACHE_DIR"] = str(tmp_path / given)
     env.prepare_rank()
-    assert os.environ["MPLCONFIGDIR"] == str(tmp_path / "plots")
-    folder = Path(os.environ["TRITON_CACHE_DIR"])
-    (folder / "kernel").write_text("")
-    assert tmp_path not in folder.parents
-    shutil.rmtree(folder)
+    folder = tmp_path / f"minitron-triton-{os.getuid()}"
+    assert os.environ["TRITON_CACHE_DIR"] == str(folder)
+    assert folder.stat().st_mode & 0o777 == 0o700
+    said = capsys.readouterr().err
+    assert said.startswith(f"TRITON_CACHE_DIR={tmp_path / given} cannot be written on ") if given else said == ""
+
+
+def test_a_cache_that_can_be_written_stays(environ: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    os.environ["HOME"] = str(tmp_path)
+    env.prepare_rank()
+    assert "TRITON_CACHE_DIR" not in os.environ
+    os.environ["TRITON_CACHE_DIR"] = str(tmp_path / "kernels")
+    env.prepare_rank()
+    assert os.environ["TRITON_CACHE_DIR"] == str(tmp_path / "kernels")
+    monkeypatch.chdir(tmp_path)
+    del os.environ["TRITON_CACHE_DIR"]
+    monkeypatch.setattr(os.path, "expanduser", lambda path: path)  # no home, and no entry in passwd
+    env.prepare_rank()
+    assert os.environ["TRITON_CACHE_DIR"].endswith(f"/minitron-triton-{os.getuid()}")
+    assert not (tmp_path / "~").exists()
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,8 @@
 """metrics.jsonl through kills and resumes, TensorBoard's event file, and an offline run of Weights & Biases."""
 
 import json
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -66,6 +68,22 @@ def test_tensorboard_event_file(tmp_path: Path) -> None:
     written = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
     assert [(event.step, event.value) for event in written.Scalars("loss")] == [(1, 1.5), (2, 0.5)]
     assert [(event.step, event.value) for event in written.Scalars("block_output.29:13")] == [(1, 0.75), (2, 0.25)]
+
+
+def test_what_was_written_before_an_error_is_kept(tmp_path: Path) -> None:
+    """Ranks on several GPUs end without Python's own way out, which would have flushed it."""
+    script = (
+        "import os, sys; from pathlib import Path; from minitron.config.run import TrackingConfig\n"
+        "from minitron.runtime.tracking import MetricsWriter\n"
+        "tracking = TrackingConfig(tensorboard=True)\n"
+        "try:\n"
+        "    with MetricsWriter(Path(sys.argv[1]), tracking, run_name=0, config=0, first_step=1, enabled=1) as w:\n"
+        "        w.write(1, {'loss': 2.0}); raise ValueError\n"
+        "except ValueError: os._exit(0)\n"
+    )
+    subprocess.run([sys.executable, "-c", script, str(tmp_path)], check=True, timeout=200)
+    [file] = (tmp_path / "tensorboard").iterdir()
+    assert b"loss" in file.read_bytes()
 
 
 def test_tensorboard_after_a_resume_has_each_step_once(tmp_path: Path) -> None:
