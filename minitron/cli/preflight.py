@@ -11,6 +11,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from minitron.cli.turn import in_turn
+from minitron.config.launch import LaunchKind
 from minitron.config.run import Device, RunConfig
 from minitron.errors import PlatformError
 from minitron.runtime.device import check_num_ranks, process_group, resolve_device
@@ -20,8 +21,9 @@ from minitron.runtime.preflight import Asked, Check, preflight
 _PORTS_APART = 10000
 """From the port of a job's ranks to that of its preflight: a rank that is early must not meet the other group."""
 
-_UNPACKING_S = 1800
-"""How long the ranks of a job in a container wait for each other at least: each node unpacks the image by itself."""
+_START_OF_JOB_S = 1800
+"""How long the ranks of a SLURM job wait for each other at least: each node unpacks an image, or reads all libraries
+from a network file system, at its own pace."""
 
 
 def check_rank(config: RunConfig, env: DistEnv, *, in_fp8: bool = True) -> None:
@@ -38,7 +40,7 @@ def check_rank(config: RunConfig, env: DistEnv, *, in_fp8: bool = True) -> None:
     with in_turn(env):
         check_num_ranks(env, config.parallel)
         device = resolve_device(config.device)
-    wait_s = max(config.preflight.timeout_s, _UNPACKING_S if config.launch.container_image else 0)
+    wait_s = max(config.preflight.timeout_s, _START_OF_JOB_S if config.launch.kind is LaunchKind.slurm else 0)
     try:
         with process_group(env, device, timeout=datetime.timedelta(seconds=wait_s)), in_turn(env):
             here = torch.device("cpu") if device is Device.cpu else torch.device("cuda", env.local_rank)

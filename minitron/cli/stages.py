@@ -108,6 +108,7 @@ class Line:
             name=self.place(stage.name),
             needs=tuple(dict.fromkeys(map(self.place, stage.needs))),
             mentions=tuple(map(self.place, stage.mentions)),
+            waits_for=tuple(map(self.place, stage.waits_for)),
             values=lambda _: stage.values(self.config),
             outside=lambda _: stage.outside(self.config),
             lacks=lambda _, run: stage.lacks(self.config, placed(run)),
@@ -193,6 +194,7 @@ def line_stages(config: RunConfig) -> list[Stage]:
             _action("teacher_logits"),
             outside=teacher_outside,
             resumable=True,
+            waits_for=("eval_teacher",),
             lacks=_lacking_logits,
         ),
         *_training_stages("distill", config),
@@ -277,7 +279,16 @@ def _training_stages(name: str, config: RunConfig) -> list[Stage]:
                 needs.insert(0, "teacher_logits")
             else:
                 outside = cache_outside
-    stage = Stage(name, tuple(needs), values, _action(name), outside=outside, resumable=True, mentions=mentions)
+    stage = Stage(
+        name,
+        tuple(needs),
+        values,
+        _action(name),
+        outside=outside,
+        resumable=True,
+        mentions=mentions,
+        waits_for=("eval_teacher", "verify") if training.distills else ("eval_teacher",),
+    )
     return [stage, _eval_stage(_evaluated(name))]
 
 

@@ -147,8 +147,8 @@ def check_mounts(config: RunConfig, place: Place) -> None:
 def jobs_of(planned: Sequence[Planned], config: RunConfig) -> list[Job]:
     """Group the stages that are not done into jobs.
 
-    A stage goes into the newest job that makes one of its inputs when that job has the same size and all other inputs
-    are there by then, such as the evaluation of a trained model; else it is a job of its own.
+    A stage goes into the newest job that makes one of its inputs when that job has the same size and whatever else it
+    waits for is over by then, such as the evaluation of a trained model; else it is a job of its own.
     """
     nodes, ranks_per_node = nodes_of(config.launch, config.cluster, config.parallel)
     jobs: dict[str, Job] = {}
@@ -158,9 +158,10 @@ def jobs_of(planned: Sequence[Planned], config: RunConfig) -> list[Job]:
             continue
         stage = item.stage
         makers = {home[name] for name in stage.needs if name in home}
-        earlier = {name for maker in makers for name in _all_before(jobs[maker], jobs)}
-        after = [name for name in jobs if name in makers - earlier]  # the others are over by then
-        if len(after) == 1 and jobs[after[0]].alone == stage.alone:
+        awaited = makers | {home[name] for name in stage.waits_for if name in home}
+        earlier = {name for job in awaited for name in _all_before(jobs[job], jobs)}
+        after = [name for name in jobs if name in awaited - earlier]  # the others are over by then
+        if len(after) == 1 and after[0] in makers and jobs[after[0]].alone == stage.alone:
             host = jobs[after[0]]
             jobs[host.name] = replace(host, stages=(*host.stages, stage.name))
         else:

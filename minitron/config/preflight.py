@@ -11,7 +11,7 @@ class PreflightConfig:
     """Limits of `minitron preflight`. No result depends on them."""
 
     timeout_s: int = 120
-    """Longest wait for all ranks to meet, in seconds; of a job in a container, half an hour at least."""
+    """Longest wait for all ranks to meet, in seconds; of a SLURM job, half an hour at least."""
     message_mb: int = 64
     """Size of the message that bandwidths are measured with, in 10^6 bytes."""
     outlier_share: float = 0.5

@@ -52,6 +52,8 @@ class Stage:
         outside: Hashes of content outside the run folder that it reads.
         resumable: Whether an interrupted attempt's folder is of use.
         mentions: Stages whose identities it is told, though it does not read them: they need not be there.
+        waits_for: Stages that have to succeed before it, though it reads nothing of them: they fail where its hours
+            would be lost.
         lacks: What a finished artefact of the right identity still lacks for this configuration, in words; running
             the stage again adds it.
         alone: One process on the CPU does it: it reads, writes and slices files. With more, most would wait.
@@ -64,6 +66,7 @@ class Stage:
     outside: Callable[[RunConfig], dict[str, str]] = field(default=nothing_outside)
     resumable: bool = False
     mentions: tuple[str, ...] = ()
+    waits_for: tuple[str, ...] = ()
     lacks: Callable[[RunConfig, RunFolder], str | None] = field(default=_lacks_nothing)
     alone: bool = False
 

@@ -3,6 +3,7 @@
 import contextlib
 import os
 import re
+import resource
 import socket
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -221,6 +222,16 @@ def prepare_rank() -> None:
     set_rank_environment(1)  # torchrun has set the threads of ranks that share a host, a job's script those of SLURM's
     _use_writable_cache()
     _use_reachable_interface()
+    _raise_open_files()
+
+
+def _raise_open_files() -> None:
+    """Let this process open as many files as it may: by default often 1024.
+
+    Each of a rank's groups connects it to all their members over gloo; at 256 ranks that is 1300 sockets.
+    """
+    most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
 
 
 def _use_writable_cache() -> None:

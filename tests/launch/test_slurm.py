@@ -50,7 +50,7 @@ def _wait_for_step(runs_dir: Path, step: int) -> None:
 
 def test_compress_as_jobs_over_two_nodes(cluster: SlurmCluster, unbroken: Unbroken, tmp_path: Path) -> None:
     jobs = _submit(cluster, "compress", tmp_path)
-    names = ["import", "eval_teacher", "score", "export", "report"]  # score to distill share an allocation
+    names = ["import", "eval_teacher", "score", "distill", "export", "report"]  # score to verify share an allocation
     assert list(jobs) == names
     ended = cluster.wait(list(jobs.values()), timeout_s=600)
     states = {name: (ended[job].state, ended[job].restarts) for name, job in jobs.items()}

@@ -38,10 +38,10 @@ def test_jobs_are_the_stages_with_what_they_wait_for() -> None:
         ("prune", ("prune",), ("score",), one),
         ("verify", ("verify",), ("prune",), two),
         ("eval_pruned", ("eval_pruned",), ("prune",), two),
-        ("distill", ("distill", "eval_distilled"), ("prune",), two),
-        ("baseline", ("baseline", "eval_baseline"), ("prune",), two),
+        ("distill", ("distill", "eval_distilled"), ("eval_teacher", "verify"), two),
+        ("baseline", ("baseline", "eval_baseline"), ("eval_teacher", "prune"), two),
         ("export", ("export",), ("distill",), one),
-        ("report", ("report",), ("eval_teacher", "verify", "eval_pruned", "baseline", "export"), one),
+        ("report", ("report",), ("eval_pruned", "baseline", "export"), one),
     ]
 
 
@@ -52,7 +52,10 @@ def test_steps_of_a_chain() -> None:
         for name, stages, after, _ in _jobs(f"chain=[{{name: a, {sliced}}}, {{name: b, {sliced}}}]")
     }
     assert jobs["a.score"] == (("steps/a/score",), ("import",))
-    assert jobs["a.distill"] == (("steps/a/distill", "steps/a/eval_distilled", "steps/b/score"), ("a.prune",))
+    assert jobs["a.distill"] == (
+        ("steps/a/distill", "steps/a/eval_distilled", "steps/b/score"),
+        ("eval_teacher", "a.verify"),
+    )
     assert jobs["b.prune"] == (("steps/b/prune",), ("a.distill",))
 
 
@@ -69,10 +72,10 @@ def test_dry_run_prints_every_script_and_writes_nothing(
         "prune.sbatch, after score",
         "verify.sbatch, after prune",
         "eval_pruned.sbatch, after prune",
-        "distill.sbatch, after prune",
-        "baseline.sbatch, after prune",
+        "distill.sbatch, after eval_teacher, verify",
+        "baseline.sbatch, after eval_teacher, prune",
         "export.sbatch, after distill",
-        "report.sbatch, after eval_teacher, verify, eval_pruned, baseline, export",
+        "report.sbatch, after eval_pruned, baseline, export",
     ]
     assert out.count("#!/bin/bash\n") == 10
 
@@ -159,7 +162,7 @@ def test_jobs_are_submitted_in_order(
 ) -> None:
     assert compress(*TWO, "baseline.enabled=false") == 0
     folder = tmp_path / "runs" / "tiny" / "jobs" / "001"
-    after = [[], [101], [101], [103], [104], [104], [104], [107], [102, 105, 106, 108]]
+    after = [[], [101], [101], [103], [104], [104], [102, 105], [107], [106, 108]]
     names = ["import", "eval_teacher", "score", "prune", "verify", "eval_pruned", "distill", "export", "report"]
     expected = []
     for name, jobs in zip(names, after, strict=True):
@@ -168,7 +171,7 @@ def test_jobs_are_submitted_in_order(
     assert [call for call in (slurm / "calls").read_text().splitlines() if call.startswith("sbatch")] == expected
     assert [(job, name) for job, name, _ in read_jobs(folder.parents[1])] == list(enumerate(names, start=101))
     table = capsys.readouterr().out
-    assert "107  distill, eval_distilled  2 x 1      104" in table
+    assert "107  distill, eval_distilled  2 x 1      102, 105" in table
     assert "104  prune                    1, CPU     103" in table
     assert load_resolved(folder / "resolved.yaml") == load_resolved(tmp_path / "runs" / "tiny" / "resolved.yaml")
     config = load_resolved(folder / "resolved.yaml")
