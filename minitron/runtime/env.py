@@ -41,6 +41,8 @@ class DistEnv:
 _TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 _SRUN = ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID", "SLURM_STEP_NODELIST", "SLURM_JOB_ID")
 
+_OPEN_FILES = 65536  # no more: some programs make a table of all that they could open
+
 ROUTES = "/proc/net/route"
 """Linux's table of IPv4 routes."""
 
@@ -226,12 +228,14 @@ def prepare_rank() -> None:
 
 
 def _raise_open_files() -> None:
-    """Let this process open as many files as it may: by default often 1024.
+    """Let this process open more files than the usual 1024, as far as it may.
 
     Each of a rank's groups connects it to all their members over gloo; at 256 ranks that is 1300 sockets.
     """
-    most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
-    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+    now, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = _OPEN_FILES if most == resource.RLIM_INFINITY else min(most, _OPEN_FILES)
+    if now != resource.RLIM_INFINITY and now < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, most))
 
 
 def _use_writable_cache() -> None:

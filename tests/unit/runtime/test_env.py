@@ -2,6 +2,8 @@
 
 import os
 import socket
+import subprocess
+import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -227,6 +229,17 @@ def test_a_cache_that_can_be_written_stays(environ: None, monkeypatch: pytest.Mo
     env.prepare_rank()
     assert os.environ["TRITON_CACHE_DIR"].endswith(f"/minitron-triton-{os.getuid()}")
     assert not (tmp_path / "~").exists()
+
+
+@pytest.mark.parametrize(("now", "most", "then"), [(256, 400, 400), (256, 1000, 500), (600, 1000, 600)])
+def test_a_rank_may_open_many_files(now: int, most: int, then: int) -> None:
+    script = (
+        f"import resource as r; r.setrlimit(r.RLIMIT_NOFILE, ({now}, {most}))\n"
+        "from minitron.runtime import env; env._OPEN_FILES = 500; env.prepare_rank()\n"
+        "print(*r.getrlimit(r.RLIMIT_NOFILE))"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == [str(then), str(most)]
 
 
 @pytest.mark.parametrize(
