@@ -25,7 +25,8 @@ def test_shapes_keep_their_proportions(tmp_path: Path) -> None:
     assert (random.num_layers, random.hidden_size, random.ffn_hidden_size) == (5, 80, 224)
     assert (random.num_attention_heads, random.num_query_groups, random.kv_channels) == (8, 2, 8)
     assert not random.share_embeddings_and_output_weights
-    assert run.prune == PruneConfig(hidden_size=64, ffn_hidden_size=180, reconstruct=ReconstructConfig(enabled=False))
+    sliced = ReconstructConfig(enabled=False, micro_batch_size=1)
+    assert run.prune == PruneConfig(hidden_size=64, ffn_hidden_size=180, reconstruct=sliced)
     assert run.scale == ScaleConfig()  # done once: what is written down is an ordinary run
     (tmp_path / "resolved.yaml").write_text(to_yaml(run))
     assert load_resolved(tmp_path / "resolved.yaml") == run
