@@ -20,6 +20,7 @@ from minitron.models.axes import num_parameters
 from minitron.runtime.tracking import read_metrics
 from minitron.search.rank import rank_correlation
 from tests.helpers.processes import kill_tree
+from tests.helpers.torchrun import torchrun
 
 pytestmark = pytest.mark.timeout(900)  # several commands a test, each with a limit of its own
 
@@ -204,14 +205,6 @@ def test_a_failing_candidate_stops_the_others_and_is_one_line(unbroken: Unbroken
 
 def test_ranks_of_torchrun_with_measured_latencies_and_a_cached_teacher(tmp_path: Path) -> None:
     """Two stages; one of three shapes is not distilled."""
-    launcher = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--local_addr=localhost",
-        "--nproc_per_node=2",
-    ]
     job = ["-m", "minitron.cli.main", "search", "experiment=tiny", f"runs_dir={tmp_path}", "device=cpu"]
     settings = [
         "parallel.pipeline_model_parallel_size=2",
@@ -228,7 +221,7 @@ def test_ranks_of_torchrun_with_measured_latencies_and_a_cached_teacher(tmp_path
     ]
     unset = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
     done = subprocess.run(
-        [*launcher, *job, *settings],
+        [*torchrun(2), *job, *settings],
         cwd=REPOSITORY,
         env={name: value for name, value in _environment().items() if name not in unset},
         capture_output=True,

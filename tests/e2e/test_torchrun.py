@@ -2,25 +2,18 @@
 
 import os
 import subprocess
-import sys
 from pathlib import Path
+
+from tests.helpers.torchrun import torchrun
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 
 
 def _torchrun(folder: Path, num_ranks: int, *overrides: str) -> subprocess.CompletedProcess[str]:
-    launcher = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--local_addr=localhost",
-        f"--nproc_per_node={num_ranks}",
-    ]
     job = ["-m", "minitron.cli.main", "compress", "experiment=tiny", "device=cpu", f"runs_dir={folder}", *overrides]
     unset = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
     return subprocess.run(
-        [*launcher, *job],
+        [*torchrun(num_ranks), *job],
         cwd=REPOSITORY,
         env={name: value for name, value in os.environ.items() if name not in unset},
         capture_output=True,
