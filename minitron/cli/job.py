@@ -38,8 +38,9 @@ from minitron.runtime.device import (
 from minitron.runtime.env import DistEnv, wandb_mode
 from minitron.runtime.slurm import Job
 
-_PREFLIGHT_LIMIT, _PREFLIGHT_LIMIT_IN_CONTAINER = "00:20:00", "01:00:00"
-"""Time limit of a SLURM job that only looks at its machines: short ones start sooner. Unpacking an image takes time."""
+_PREFLIGHT_LIMIT = "01:00:00"
+"""Time limit of a SLURM job that only looks at its machines: short, to start soon, and longer than its ranks wait for
+each other (`minitron.cli.preflight`), so that they, not SLURM, say who is missing."""
 
 
 def run_job(verb: str, config: RunConfig, env: DistEnv | None) -> int:
@@ -111,8 +112,7 @@ def run_preflight(config: RunConfig, env: DistEnv | None) -> int:
         check_cluster_precision(config)
         nodes, ranks_per_node = nodes_of(config.launch, config.cluster, config.parallel)
         job = Job(PREFLIGHT, (PREFLIGHT,), (), nodes, ranks_per_node, alone=False)
-        limit = _PREFLIGHT_LIMIT_IN_CONTAINER if config.launch.container_image else _PREFLIGHT_LIMIT
-        brief = replace(config, launch=replace(config.launch, time_limit=limit, signal_lead_s=60))
+        brief = replace(config, launch=replace(config.launch, time_limit=_PREFLIGHT_LIMIT, signal_lead_s=60))
         submit_run([job], brief, RunFolder(Path(config.runs_dir) / config.name), {}, wanted=[])
         return 0
     return start_ranks(config, [PREFLIGHT], {})

@@ -234,7 +234,7 @@ def test_a_preflight_is_a_job_of_the_whole_allocation_beside_others(
     assert read_jobs(run) == [(101, "import", ["import"])]
     assert read_wanted(run) == ["import"]
     assert load_resolved(run / "resolved.yaml").parallel.pipeline_model_parallel_size == 1  # import's, as it was
-    assert "#SBATCH --time=00:20:00\n" in script
+    assert "#SBATCH --time=01:00:00\n" in script  # its ranks wait half an hour for each other
     assert compress("cluster=dgx_a100", "precision=fp8_current", verb="preflight") == 10
     assert "cannot run on cluster.gpu=a100" in capsys.readouterr().err
 

@@ -88,15 +88,6 @@ def test_gpus_that_the_nodes_do_not_have(compress: Compress, capsys: pytest.Capt
     assert "error: device=cuda, but the nodes have no GPUs (cluster.gpus_per_node=0); name" in capsys.readouterr().err
 
 
-def test_a_preflight_in_a_container_has_time_to_unpack_it(
-    compress: Compress, capsys: pytest.CaptureFixture[str]
-) -> None:
-    container = ["launch.container_image=/images/minitron.sqsh", "launch.container_mounts=[/]"]
-    for words, limit in ((container, "01:00:00"), ([], "00:20:00")):
-        assert compress(*words, "launch.dry_run=true", verb="preflight") == 0
-        assert f"#SBATCH --time={limit}\n" in capsys.readouterr().out
-
-
 def test_a_gpu_cluster_computes_on_gpus(compress: Compress, slurm: Path, tmp_path: Path) -> None:
     assert compress("cluster=dgx_h100", verb="import") == 0
     assert load_resolved(tmp_path / "runs" / "tiny" / "jobs" / "001" / "resolved.yaml").device is Device.cuda
