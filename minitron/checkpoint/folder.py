@@ -11,6 +11,7 @@ from pathlib import Path
 from minitron.checkpoint.format import disk_errors
 from minitron.config.model import ModelConfig
 from minitron.errors import CheckpointError
+from minitron.runtime.digests import sha256_of
 
 MODEL_FILE = "model.json"
 WEIGHTS_DIR = "weights"
@@ -63,9 +64,8 @@ def fingerprint(folder: Path) -> str:
     """SHA-256 over model.json, weights and ``hf/`` by relative path: what a checkpoint is, whatever lies beside it."""
     parts = (path for part in (WEIGHTS_DIR, SIDE_DIR) for path in (folder / part).rglob("*"))
     total = hashlib.sha256()
-    for file in sorted(path for path in (folder / MODEL_FILE, *parts) if path.is_file()):
-        with file.open("rb") as stream:
-            digest = hashlib.file_digest(stream, "sha256").hexdigest()
+    files = sorted(path for path in (folder / MODEL_FILE, *parts) if path.is_file())
+    for file, digest in zip(files, sha256_of(files, unreadable=CheckpointError), strict=True):
         total.update(f"{file.relative_to(folder).as_posix()}\0{digest}\n".encode())
     return total.hexdigest()
 

@@ -18,6 +18,7 @@ from minitron.config.data import DataConfig, DataSource
 from minitron.data.documents import Document, make_document
 from minitron.data.local_text import iter_local_text, site_packages
 from minitron.errors import DataError
+from minitron.runtime.digests import sha256_of
 
 SUFFIXES = (".txt", ".jsonl", ".jsonl.gz", ".parquet")
 SPLIT_ABOVE_BYTES = 1024 * 1024
@@ -78,9 +79,8 @@ def source_fingerprint(cfg: DataConfig) -> str:
     """
     digest = hashlib.sha256()
     if cfg.source is DataSource.files and cfg.max_bytes is None:
-        for path in list_files(cfg.paths):
-            with path.open("rb") as stream:
-                content = hashlib.file_digest(stream, "sha256").hexdigest()
+        files = list_files(cfg.paths)
+        for path, content in zip(files, sha256_of(files, unreadable=DataError), strict=True):
             digest.update(f"{_suffix(path)} {cfg.text_key!r} {content}\n".encode())
     else:
         for document in iter_documents(cfg):

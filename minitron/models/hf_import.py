@@ -22,6 +22,7 @@ from minitron.models.hf_names import IGNORED_SUFFIXES, hf_tensors, hf_tensors_of
 from minitron.models.hf_source import FolderSource, Source
 from minitron.models.origin import Origin
 from minitron.models.pieces import Piece, pieces
+from minitron.runtime.digests import sha256_of
 
 Progress = Callable[[int, int], None]
 
@@ -111,17 +112,15 @@ def source_fingerprint(source: Path) -> str:
     """SHA-256 over the names and contents of a source's config, weights and tokenizer files.
 
     Raises:
-        ModelError: There is no such source, or a folder is incomplete.
+        ModelError: There is no such source, a folder is incomplete, or a file cannot be read.
     """
     files = [source]
     if source.suffix != ".gguf" or not source.is_file():  # a GGUF file is slow to open, quick to hash
         opened = _open(source)
         files = sorted({*opened.weight_files, *opened.side_files})
     total = hashlib.sha256()
-    for file in files:
-        with file.open("rb") as stream:
-            digest = hashlib.file_digest(stream, "sha256")
-        total.update(f"{file.name}\0{digest.hexdigest()}\n".encode())
+    for file, digest in zip(files, sha256_of(files, unreadable=ModelError), strict=True):
+        total.update(f"{file.name}\0{digest}\n".encode())
     return total.hexdigest()
 
 

@@ -8,6 +8,7 @@ import socket
 import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 from minitron.errors import PlatformError
@@ -293,6 +294,12 @@ def _default_interface() -> str | None:
     defaults = (row for row in rows if (row[1], row[7]) == everywhere and not int(row[3], 16) & unreachable)
     found = [(int(row[6]), row[0]) for row in defaults]
     return min(found)[1] if found else None
+
+
+def cache_folder() -> Path:
+    """Where this user's programs keep what they can make again, by the XDG base directory specification."""
+    given = os.environ.get("XDG_CACHE_HOME", "")
+    return Path(given if os.path.isabs(given) else os.path.expanduser("~/.cache")) / "minitron"
 
 
 def hide_gpus() -> None:
