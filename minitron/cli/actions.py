@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from minitron.checkpoint.folder import is_checkpoint_folder, read_model_config
 from minitron.cli.exporting import export
-from minitron.cli.stages import CHECKPOINT_OF, random_ranking
+from minitron.cli.stages import CHECKPOINT_OF, check_sequences, random_ranking
 from minitron.cli.verifying import verify
 from minitron.config.compose import load_resolved, to_yaml
 from minitron.config.distill import TeacherSource
@@ -18,7 +18,6 @@ from minitron.config.precision import Dtype
 from minitron.config.run import SourceDtype, SourceKind
 from minitron.config.trainings import TRAININGS, settings_of
 from minitron.data.build import build_dataset
-from minitron.data.summary import Split, require_tokens
 from minitron.distill.cache_write import write_teacher_logits
 from minitron.distill.run import distill
 from minitron.eval.run import check_better_than_chance, evaluate
@@ -130,11 +129,7 @@ def _data(session: Session, out: Path) -> Values:
             out_dir=out,
             on_progress=lambda _documents, done: progress.update(done, max(limit, done)),
         )
-    # Now, not when training starts: one global batch, the calibration samples, one held-out sequence.
-    seq_length = session.config.data.seq_length
-    train = session.config.least_train_sequences
-    require_tokens(out, Split.train, num_sequences=train, seq_length=seq_length)
-    require_tokens(out, Split.heldout, num_sequences=1, seq_length=seq_length)
+    check_sequences(session.config, out)  # now, not when training starts
     return {"train_tokens": summary.train.num_tokens, "heldout_tokens": summary.heldout.num_tokens}
 
 

@@ -15,6 +15,11 @@ from minitron.prune.scores import scores_fingerprint
 Values = dict[str, Any]
 
 
+def sequences(config: RunConfig) -> Values:
+    """How the text is cut, for whatever reads sequences of it."""
+    return {"data.seq_length": config.data.seq_length}
+
+
 def score_values(config: RunConfig) -> Values:
     """What is scored; and of ``prune`` what decides that."""
     asked = depth_values(config.score, config.prune)
@@ -24,6 +29,8 @@ def score_values(config: RunConfig) -> Values:
     values = {k: v for k, v in flat_values(config.score, "score").items() if not k.endswith(tuple(unread))}
     if config.score.rounds > 1:
         asked = prune_values(config)
+    if values["score.seq_length"] is None:
+        values |= sequences(config)
     return values | asked | {"precision.dtype": config.precision.dtype.value} | {"seed": config.seed}
 
 
@@ -37,7 +44,7 @@ def prune_values(config: RunConfig) -> Values:
             key: value for key, value in values.items() if key == enabled or not key.startswith("prune.reconstruct.")
         }
     del values["prune.reconstruct.micro_batch_size"]
-    return values | {"precision.dtype": config.precision.dtype.value} | {"seed": config.seed}
+    return values | sequences(config) | {"precision.dtype": config.precision.dtype.value} | {"seed": config.seed}
 
 
 def prune_needs(config: RunConfig) -> tuple[str, ...]:
@@ -67,4 +74,4 @@ def prune_outside(config: RunConfig) -> dict[str, str]:
 
 def verify_values(config: RunConfig) -> Values:
     """What the pruned model is run with."""
-    return {"precision.dtype": config.precision.dtype.value, "seed": config.seed}
+    return sequences(config) | {"precision.dtype": config.precision.dtype.value, "seed": config.seed}

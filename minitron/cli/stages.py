@@ -12,6 +12,7 @@ from minitron.cli.scoring import (
     prune_values,
     questions_outside,
     score_values,
+    sequences,
     verify_values,
 )
 from minitron.config.compose import flat_values
@@ -19,6 +20,7 @@ from minitron.config.distill import TeacherSource
 from minitron.config.line import Ancestor
 from minitron.config.run import RunConfig, SourceKind
 from minitron.config.trainings import ABLATION, TRAININGS, in_step, settings_of
+from minitron.data.summary import Split, require_tokens
 from minitron.distill.cache_format import LogitCache
 from minitron.distill.cache_plan import lacking
 from minitron.pipeline import Stage, nothing_outside
@@ -32,6 +34,10 @@ Values = dict[str, Any]
 
 _LOGGING_ONLY = ("log_interval_steps", "save_interval_steps", "eval_interval_steps", "eval_tokens")
 """Training settings that do not change the weights."""
+
+_NOT_TEXT = ("num_workers", "seq_length", "paths")
+"""Of ``data``: what the tokens do not depend on. Length counts for who reads sequences, the content of paths for all,
+see `text_outside`."""
 
 _TEACHERS_PLACE = (
     "distill.teacher.parallel.",
@@ -136,9 +142,10 @@ def stages_of(config: RunConfig) -> list[Stage]:
         Stage(
             "data",
             ("import",),
-            lambda c: _section(c, "data", drop=("num_workers",)),
+            lambda c: _section(c, "data", drop=_NOT_TEXT),
             _action("data"),
             outside=text_outside,
+            lacks=_has_enough_text,
             alone=True,
         ),
         _eval_stage("teacher"),
@@ -333,7 +340,7 @@ def _source_values(config: RunConfig) -> Values:
 def _training_values(config: RunConfig, training: str) -> Values:
     values = _values(settings_of(config, training), "distill.train", _LOGGING_ONLY)
     precision = {f"precision.{key}": value for key, value in config.precision.in_force().items()}
-    return values | precision | {"seed": config.seed}
+    return values | precision | sequences(config) | {"seed": config.seed}
 
 
 def _recipe_values(config: RunConfig) -> Values:
@@ -352,8 +359,25 @@ def _recipe_values(config: RunConfig) -> Values:
 
 
 def _teacher_logits_values(config: RunConfig) -> Values:
-    """Not which samples: a cache only grows. ``data.seq_length`` is part of the data stage's identity."""
-    return config.teacher_logits.parameters() | {"dtype": config.distill.teacher.precision(config.precision).label}
+    """Not which samples: a cache only grows."""
+    dtype = {"dtype": config.distill.teacher.precision(config.precision).label}
+    return config.teacher_logits.parameters() | dtype | sequences(config)
+
+
+def check_sequences(config: RunConfig, data: Path) -> None:
+    """Check that a data folder has what any run needs to start: a global batch, the samples to score, one held out.
+
+    Raises:
+        DataError: With the arithmetic.
+    """
+    train, seq_length = config.least_train_sequences, config.data.seq_length
+    require_tokens(data, Split.train, num_sequences=train, seq_length=seq_length)
+    require_tokens(data, Split.heldout, num_sequences=1, seq_length=seq_length)
+
+
+def _has_enough_text(config: RunConfig, run: RunFolder) -> None:
+    """A run may cut the text of an earlier one into longer sequences, or more of them: say so before any work."""
+    check_sequences(config, run.stage("data"))
 
 
 def _lacking_logits(config: RunConfig, run: RunFolder) -> str | None:
@@ -362,4 +386,5 @@ def _lacking_logits(config: RunConfig, run: RunFolder) -> str | None:
 
 def _eval_values(config: RunConfig) -> Values:
     settings = _section(config, "eval", drop=("micro_batch_size", "checkpoint"))
-    return settings | {"precision.dtype": config.precision.dtype.value} | _section(config, "report")
+    precision = {"precision.dtype": config.precision.dtype.value}
+    return settings | precision | sequences(config) | _section(config, "report")

@@ -92,7 +92,6 @@ def build_dataset(
         eos_id=spec.eos_id,
         vocab_size=vocab_size,
         dtype=np.dtype(dtype).name,
-        seq_length=cfg.seq_length,
         tokenizer_sha256=spec.sha256,
         source_fingerprint=fingerprint,
         train_sha256=_content_sha256(out_dir / Split.train),

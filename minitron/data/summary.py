@@ -36,11 +36,10 @@ class DatasetSummary:
         eos_id: id after each document.
         vocab_size: vocabulary of the model it was built for.
         dtype: NumPy name of the ids' type in the ``.bin`` files.
-        seq_length: sequence length asked for at build time; a loader may use another.
         tokenizer_sha256: hash of the tokenizer.
         source_fingerprint: hash of the text (``minitron.data.sources.source_fingerprint``).
-        train_sha256: hash of the training split's ids and document lengths. It names the dataset: with
-            ``seq_length``, sequence ``i`` of it is always the same.
+        train_sha256: hash of the training split's ids and document lengths. It names the dataset: with a length of
+            sequences, sequence ``i`` of it is always the same.
     """
 
     train: SplitSummary
@@ -48,7 +47,6 @@ class DatasetSummary:
     eos_id: int
     vocab_size: int
     dtype: str
-    seq_length: int
     tokenizer_sha256: str
     source_fingerprint: str
     train_sha256: str

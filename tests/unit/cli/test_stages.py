@@ -13,10 +13,11 @@ from minitron.config.prune import PruneConfig, Ranking
 from minitron.config.run import RunConfig
 from minitron.config.score import Aggregation
 from minitron.config.teacher_logits import CacheMethod, TeacherLogitsConfig
+from minitron.data.summary import DatasetSummary, SplitSummary, save_summary
 from minitron.distill.cache_format import CacheIdentity, write_identity
-from minitron.errors import ArtefactError, ConfigError
+from minitron.errors import ArtefactError, ConfigError, DataError
 from minitron.models.random_source import random_model
-from minitron.pipeline import plan_stages
+from minitron.pipeline import Planned, plan_stages
 from minitron.prune.ranking import choose
 from minitron.prune.scores import random_scores
 from minitron.runtime.artefact import RunFolder
@@ -83,6 +84,7 @@ def _digests(config: RunConfig, wanted: list[str] = LINE) -> dict[str, str]:
         ("distill.train.lr=2e-3", "distill eval_distilled baseline eval_baseline export report"),
         ("score.num_samples=8", AFTER_SCORE),
         ("source.random.seed=1", " ".join(LINE)),
+        ("data.seq_length=16", " ".join(stage for stage in LINE if stage not in ("import", "data"))),
         ("data.heldout_fraction=0.1", " ".join(stage for stage in LINE if stage != "import")),
     ],
 )
@@ -293,6 +295,31 @@ def test_content_of_the_text_counts_and_its_place_does_not(base: list[str], tmp_
     (tmp_path / "text.txt").write_text("Other text.\n" * 50)
     changed = [stage for stage in LINE if before[stage] != _digests(config)[stage]]
     assert changed == [stage for stage in LINE if stage != "import"]
+
+
+def test_text_in_another_folder_is_the_same(base: list[str], tmp_path: Path) -> None:
+    (tmp_path / "moved").mkdir()
+    shutil.copy(tmp_path / "text.txt", tmp_path / "moved")
+    assert _digests(compose_run([*base, f"data.paths=[{tmp_path}/moved]"])) == _digests(compose_run(base))
+
+
+def test_text_is_tokenized_once_for_all_lengths_that_it_fills(base: list[str], tmp_path: Path) -> None:
+    run = RunFolder(tmp_path / "run")
+
+    def data(*overrides: str) -> Planned:
+        config = compose_run([*base, *overrides])
+        return plan_stages(stages_of(config), config, run, ["import", "data"])[1]
+
+    made = data().identity
+    split = SplitSummary(num_documents=1, num_tokens=16 * 32 + 1, num_bytes=2000)
+    about = {"eos_id": 0, "vocab_size": 512, "dtype": "uint16", "tokenizer_sha256": "", "source_fingerprint": ""}
+    save_summary(run.begin(made, resumable=False), DatasetSummary(train=split, heldout=split, train_sha256="", **about))
+    run.finish(made, summary={}, seconds=0.0, environment={})
+    least = ["distill.train.global_batch_size=8", "score.num_samples=8", "prune.reconstruct.num_samples=8"]
+    assert data(*least).done
+    assert data(*least, "data.seq_length=64").done
+    with pytest.raises(DataError, match=r"513 tokens but 8 sequences x 128 tokens \+ 1 = 1025 are needed"):
+        data(*least, "data.seq_length=128")
 
 
 def test_the_teachers_layout_does_not_count_and_its_content_does(base: list[str], tmp_path: Path) -> None:
