@@ -20,6 +20,7 @@ from minitron.config.trainings import TRAININGS, settings_of
 from minitron.data.build import build_dataset
 from minitron.distill.cache_write import write_teacher_logits
 from minitron.distill.run import distill
+from minitron.errors import StoppedError
 from minitron.eval.run import check_better_than_chance, evaluate
 from minitron.models.axes import num_embedding_parameters, num_parameters
 from minitron.models.hf_import import import_model
@@ -29,6 +30,7 @@ from minitron.prune.run import prune, score
 from minitron.prune.scores import Scores
 from minitron.runtime.artefact import RESOLVED_FILE
 from minitron.runtime.session import Session
+from minitron.runtime.signals import on_any_rank, stop_was_asked
 from minitron.train.run import Leg, StartingPoint, train_on_text
 
 Values = dict[str, Any]
@@ -116,8 +118,20 @@ def _import(session: Session, out: Path) -> Values:
 
 
 def _data(session: Session, out: Path) -> Values:
-    if not session.is_main:
-        return {}
+    told: Values = {}
+    stopped: StoppedError | None = None
+    if session.is_main:
+        try:
+            told = _tokenized(session, out)
+        except StoppedError as error:
+            stopped = error
+    if on_any_rank(stopped is not None):
+        raise stopped or StoppedError("stopped in data")
+    return told
+
+
+def _tokenized(session: Session, out: Path) -> Values:
+    """Write the data folder; what ``data`` says of it."""
     model = session.run.stage("import")
     with session.progress("data") as progress:
         # The amount of text is not known before it is read: the bar counts megabytes as they come.
@@ -128,6 +142,7 @@ def _data(session: Session, out: Path) -> Values:
             vocab_size=read_model_config(model).vocab_size,
             out_dir=out,
             on_progress=lambda _documents, done: progress.update(done, max(limit, done)),
+            should_stop=stop_was_asked,
         )
     check_sequences(session.config, out)  # now, not when training starts
     return {"train_tokens": summary.train.num_tokens, "heldout_tokens": summary.heldout.num_tokens}

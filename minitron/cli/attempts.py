@@ -5,6 +5,7 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
+from minitron.data.summary import PROGRESS_NAME
 from minitron.errors import PlatformError
 from minitron.runtime.artefact import META_FILE, PARTIAL_DIR, write_json
 from minitron.runtime.env import slurm_job
@@ -44,11 +45,12 @@ def note_attempt(run: Path, stages: Sequence[str], *, limit: int) -> None:
 
 
 def _progress(run: Path, stages: Sequence[str]) -> list[str]:
-    """Everything that a stage leaves only once: its result, saved steps, shards of a cache."""
+    """Everything that a stage leaves only once: its result, saved steps, shards of a cache, how far a text is read."""
     done = [path for stage in stages for path in (run / stage).rglob(META_FILE)]  # a search has many
     partial = [run / PARTIAL_DIR / stage for stage in stages]
     saved = [path for folder in partial for path in (*folder.rglob("states/step_*"), *folder.rglob("*.shard"))]
-    return sorted(str(path.relative_to(run)) for path in (*done, *saved))
+    read = [file.read_text(encoding="utf-8") for folder in partial for file in folder.glob(PROGRESS_NAME)]
+    return sorted(str(path.relative_to(run)) for path in (*done, *saved)) + read
 
 
 def note_stop(run: Path) -> None:

@@ -145,6 +145,7 @@ def stages_of(config: RunConfig) -> list[Stage]:
             lambda c: _section(c, "data", drop=_NOT_TEXT),
             _action("data"),
             outside=text_outside,
+            resumable=True,
             lacks=_has_enough_text,
             alone=True,
         ),

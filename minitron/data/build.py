@@ -2,42 +2,18 @@
 
 import hashlib
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 
 import numpy as np
-from megatron.core.datasets.indexed_dataset import DType, IndexedDatasetBuilder
+from megatron.core.datasets.indexed_dataset import DType
 
 from minitron.config.data import DataConfig
-from minitron.data.documents import is_heldout
+from minitron.data.growing import SAVE_EVERY_BYTES, GrowingDataset
 from minitron.data.sources import iter_documents, source_fingerprint
-from minitron.data.summary import (
-    SUMMARY_NAME,
-    DatasetSummary,
-    Split,
-    SplitSummary,
-    check_tokens,
-    save_summary,
-)
-from minitron.data.tokenize import Ids, encode_documents, load_tokenizer_spec
-
-
-class _SplitWriter:
-    """One ``.bin/.idx`` pair and its counts; each document is one Megatron sequence."""
-
-    def __init__(self, out_dir: Path, split: Split, dtype: type[np.number]) -> None:
-        self._idx_path = out_dir / f"{split}.idx"
-        self._builder = IndexedDatasetBuilder(str(out_dir / f"{split}.bin"), dtype=dtype)
-        self.num_documents = self.num_tokens = self.num_bytes = 0
-
-    def add(self, ids: Ids, num_bytes: int) -> None:
-        self._builder.add_document(ids, [len(ids)])
-        self.num_documents += 1
-        self.num_tokens += len(ids)
-        self.num_bytes += num_bytes
-
-    def finish(self) -> SplitSummary:
-        self._builder.finalize(str(self._idx_path))
-        return SplitSummary(num_documents=self.num_documents, num_tokens=self.num_tokens, num_bytes=self.num_bytes)
+from minitron.data.summary import SUMMARY_NAME, DatasetSummary, Split, check_tokens, save_summary
+from minitron.data.tokenize import TokenizerSpec, encode_documents, load_tokenizer_spec
+from minitron.errors import StoppedError
 
 
 def build_dataset(
@@ -47,57 +23,76 @@ def build_dataset(
     vocab_size: int,
     out_dir: Path,
     on_progress: Callable[[int, int], None] | None = None,
+    should_stop: Callable[[], bool] = lambda: False,
 ) -> DatasetSummary:
     """Tokenize the text that ``cfg`` names and write both splits into ``out_dir``.
 
     A document goes to train or held-out by the hash of its text. The same text, tokenizer and
-    ``cfg`` give the same bytes, whatever ``num_workers`` is. ``data.json`` is written last: a
-    folder without it is unfinished.
+    ``cfg`` give the same bytes, whatever ``num_workers`` is and however often it was interrupted.
+    ``data.json`` is written last: a folder without it is unfinished, and the next build of the same
+    text goes on from there.
 
     Args:
         cfg: the text, the split and the number of processes.
         tokenizer_dir: local folder of a Hugging Face tokenizer.
         vocab_size: the model's vocabulary; every id must lie below it.
-        out_dir: made if missing; files of an earlier build are replaced.
+        out_dir: made if missing; files of an earlier build of other text are replaced.
         on_progress: called with (documents, bytes of text) done so far, about every 0.5 MB.
+        should_stop: asked as often; when it says so, what is done is saved.
 
     Raises:
         DataError: the text is missing or broken, or a split is shorter than one sequence.
         ModelError: the tokenizer cannot be used or does not fit the model.
         PlatformError: a tokenizing process died.
+        StoppedError: ``should_stop`` said so.
     """
     spec = load_tokenizer_spec(tokenizer_dir, vocab_size=vocab_size, parse_special_tokens=cfg.parse_special_tokens)
     fingerprint = source_fingerprint(cfg)
     out_dir.mkdir(parents=True, exist_ok=True)
     (out_dir / SUMMARY_NAME).unlink(missing_ok=True)
     dtype = DType.optimal_dtype(vocab_size)
-    writers = {split: _SplitWriter(out_dir, split, dtype) for split in Split}
-
-    num_documents = num_bytes = 0
-    for batch in encode_documents(iter_documents(cfg), spec, num_workers=cfg.num_workers):
-        for document, ids in batch:
-            heldout = is_heldout(document, cfg.heldout_fraction)
-            writers[Split.heldout if heldout else Split.train].add(ids, document.num_bytes)
-            num_documents += 1
-            num_bytes += document.num_bytes
-        if on_progress is not None:
-            on_progress(num_documents, num_bytes)
-
-    splits = {split: writer.finish() for split, writer in writers.items()}
-    for split, size in splits.items():
-        check_tokens(str(out_dir), split, size.num_tokens, num_sequences=1, seq_length=cfg.seq_length)
-    summary = DatasetSummary(
-        train=splits[Split.train],
-        heldout=splits[Split.heldout],
-        eos_id=spec.eos_id,
-        vocab_size=vocab_size,
-        dtype=np.dtype(dtype).name,
-        tokenizer_sha256=spec.sha256,
-        source_fingerprint=fingerprint,
-        train_sha256=_content_sha256(out_dir / Split.train),
-    )
-    save_summary(out_dir, summary)
+    source = f"{fingerprint} {spec.sha256} {np.dtype(dtype).name} {cfg.heldout_fraction}"
+    with closing(GrowingDataset(out_dir, dtype, source=source, heldout_fraction=cfg.heldout_fraction)) as made:
+        _tokenize(cfg, spec, made, on_progress, should_stop)
+        made.write_indices()
+        splits = made.progress.splits
+        for split, size in splits.items():
+            check_tokens(str(out_dir), split, size.num_tokens, num_sequences=1, seq_length=cfg.seq_length)
+        summary = DatasetSummary(
+            train=splits[Split.train],
+            heldout=splits[Split.heldout],
+            eos_id=spec.eos_id,
+            vocab_size=vocab_size,
+            dtype=np.dtype(dtype).name,
+            tokenizer_sha256=spec.sha256,
+            source_fingerprint=fingerprint,
+            train_sha256=_content_sha256(out_dir / Split.train),
+        )
+        save_summary(out_dir, summary)
+        made.forget()
     return summary
+
+
+def _tokenize(
+    cfg: DataConfig,
+    spec: TokenizerSpec,
+    made: GrowingDataset,
+    on_progress: Callable[[int, int], None] | None,
+    should_stop: Callable[[], bool],
+) -> None:
+    """Add the documents that are not there yet."""
+    documents = iter_documents(cfg, after=made.progress.position)
+    with closing(encode_documents(documents, spec, num_workers=cfg.num_workers)) as batches:
+        for batch in batches:
+            for document, ids in batch:
+                made.add(document, ids)
+            made.save(every_bytes=SAVE_EVERY_BYTES)
+            if on_progress is not None:
+                on_progress(made.progress.num_documents, made.progress.position.num_bytes)
+            if should_stop():
+                made.save()
+                done = f"{made.progress.num_documents:,} documents"
+                raise StoppedError(f"stopped after {done}, saved; the same command goes on from there")
 
 
 def _content_sha256(prefix: Path) -> str:

@@ -15,16 +15,47 @@ class Document:
         text: the text as it will be tokenized.
         num_bytes: length of the text in UTF-8.
         sha256: digest of the text in UTF-8; decides the split and finds duplicates.
+        file: number of the file it comes from, among those that are read; 0 for local text.
     """
 
     id: str
     text: str
     num_bytes: int
     sha256: bytes
+    file: int = 0
 
 
-def make_document(doc_id: str, text: str) -> Document:
+@dataclass(frozen=True, slots=True)
+class Position:
+    """How far a text has been read.
+
+    Attributes:
+        file: number of the file that the last document came from.
+        num_documents: documents of this file so far.
+        num_bytes: length in UTF-8 of all documents so far, of all files.
+    """
+
+    file: int = 0
+    num_documents: int = 0
+    num_bytes: int = 0
+
+    def after(self, document: Document) -> "Position":
+        """The position once the next document has been read."""
+        before = self.num_documents if document.file == self.file else 0
+        return Position(document.file, before + 1, self.num_bytes + document.num_bytes)
+
+
+START = Position()
+"""Before the first document."""
+
+
+def make_document(doc_id: str, text: str, *, file: int = 0) -> Document:
     """Measure and hash a text.
+
+    Args:
+        doc_id: where it comes from, for messages.
+        text: the text.
+        file: number of its file.
 
     Raises:
         DataError: the text holds half of a surrogate pair, which is not Unicode text.
@@ -36,7 +67,7 @@ def make_document(doc_id: str, text: str) -> Document:
             f"{doc_id}: the text holds a lone surrogate at character {error.start}, which has no "
             "UTF-8 form: remove or mend this document"
         ) from error
-    return Document(doc_id, text, len(raw), hashlib.sha256(raw).digest())
+    return Document(doc_id, text, len(raw), hashlib.sha256(raw).digest(), file)
 
 
 def is_heldout(document: Document, heldout_fraction: float) -> bool:

@@ -9,13 +9,15 @@ processes and can be divided between train and held-out; the parts joined give b
 import gzip
 import hashlib
 import json
+import math
 import zlib
 from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from minitron.config.data import DataConfig, DataSource
-from minitron.data.documents import Document, make_document
+from minitron.data.documents import START, Document, Position, make_document
 from minitron.data.local_text import iter_local_text, site_packages
 from minitron.errors import DataError
 from minitron.runtime.digests import sha256_of
@@ -26,17 +28,23 @@ PART_CHARS = 64 * 1024
 MAX_PART_CHARS = 1024 * 1024
 
 
-def iter_documents(cfg: DataConfig) -> Iterator[Document]:
+def iter_documents(cfg: DataConfig, *, after: Position = START) -> Iterator[Document]:
     """Yield the documents that ``cfg`` names, in a fixed order, up to ``cfg.max_bytes``.
+
+    Args:
+        cfg: the text.
+        after: where to go on; files before it are not opened.
 
     Raises:
         DataError: a path is missing, of an unknown kind, broken, or nothing at all was found.
     """
-    num_bytes = 0
-    for document in _iter_all(cfg):
+    num_bytes, most = after.num_bytes, math.inf if cfg.max_bytes is None else cfg.max_bytes
+    if num_bytes >= most:
+        return
+    for document in _iter_all(cfg, after):
         yield document
         num_bytes += document.num_bytes
-        if cfg.max_bytes is not None and num_bytes >= cfg.max_bytes:
+        if num_bytes >= most:
             return
     if num_bytes == 0:
         where = _where(cfg)
@@ -117,20 +125,22 @@ def list_files(paths: list[str]) -> list[Path]:
     return files
 
 
-def _iter_all(cfg: DataConfig) -> Iterator[Document]:
+def _iter_all(cfg: DataConfig, after: Position) -> Iterator[Document]:
     if cfg.source is DataSource.local_text:
-        yield from iter_local_text(site_packages())
+        yield from islice(iter_local_text(site_packages()), after.num_documents, None)
         return
-    for path in list_files(cfg.paths):
-        yield from _iter_file(path, cfg.text_key)
+    for number, path in enumerate(list_files(cfg.paths)):
+        if number >= after.file:
+            first = after.num_documents if number == after.file else 0
+            yield from islice(_iter_file(path, number, cfg.text_key), first, None)
 
 
-def _iter_file(path: Path, text_key: str) -> Iterator[Document]:
+def _iter_file(path: Path, number: int, text_key: str) -> Iterator[Document]:
     readers = {".txt": _iter_txt, ".parquet": _iter_parquet}
     try:
         for doc_id, text in readers.get(_suffix(path) or "", _iter_jsonl)(path, text_key):
             if text.strip():
-                yield make_document(doc_id, text)
+                yield make_document(doc_id, text, file=number)
     except UnicodeDecodeError as error:
         raise DataError(
             f"{path}: not UTF-8 ({error.reason} near byte {error.start} of a block): convert it, "

@@ -9,6 +9,9 @@ from minitron.errors import DataError
 
 SUMMARY_NAME = "data.json"
 
+PROGRESS_NAME = "progress.json"
+"""How far an unfinished data folder is."""
+
 
 class Split(StrEnum):
     """The two parts of a data folder; a value is the stem of its ``.bin`` and ``.idx``."""

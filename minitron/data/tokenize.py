@@ -9,7 +9,7 @@ to one thread per process: parallelism is ``num_workers`` and nothing else.
 import hashlib
 import multiprocessing
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
@@ -112,7 +112,7 @@ class Encoder:
 
 def encode_documents(
     documents: Iterable[Document], spec: TokenizerSpec, *, num_workers: int
-) -> Iterator[list[tuple[Document, Ids]]]:
+) -> Generator[list[tuple[Document, Ids]]]:
     """Yield the documents with their ids, batch by batch, in order; lazily, with bounded memory.
 
     The result does not depend on ``num_workers``. A script that asks for two or more needs the

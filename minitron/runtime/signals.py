@@ -33,11 +33,16 @@ def stop_was_asked() -> bool:
 
 def any_rank_was_asked() -> bool:
     """Whether any rank was, known to all; for moments at which the ranks wait for each other anyway."""
+    return on_any_rank(stop_was_asked())
+
+
+def on_any_rank(here: bool) -> bool:
+    """Whether something is so on any rank, known to all, who call it together."""
     import torch
 
-    asked = _asked()
-    torch.distributed.all_reduce(asked, op=torch.distributed.ReduceOp.MAX)
-    return bool(asked.item())
+    found = torch.tensor(int(here), dtype=torch.int32, device="cpu")
+    torch.distributed.all_reduce(found, op=torch.distributed.ReduceOp.MAX)
+    return bool(found.item())
 
 
 @contextlib.contextmanager

@@ -40,6 +40,18 @@ def test_progress_starts_the_count_again(tmp_path: Path, monkeypatch: Env, made:
         _start(tmp_path, monkeypatch, 6)
 
 
+def test_text_read_since_the_last_start_is_progress(tmp_path: Path, monkeypatch: Env) -> None:
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    progress = tmp_path / ".partial" / "data" / "progress.json"
+    progress.parent.mkdir(parents=True)
+    for restarts in range(3):
+        monkeypatch.setenv("SLURM_RESTART_COUNT", str(restarts))
+        progress.write_text(f"{restarts}")
+        note_attempt(tmp_path, ["import", "data"], limit=0)
+    with pytest.raises(PlatformError, match="started again 1 times"):
+        note_attempt(tmp_path, ["import", "data"], limit=0)
+
+
 def test_progress_of_a_search_is_that_of_its_candidates(tmp_path: Path, monkeypatch: Env) -> None:
     monkeypatch.setenv("SLURM_JOB_ID", "7")
     stages, candidate = ["score", "search"], "search/L3-h48-f96-a4-g4"
