@@ -6,6 +6,7 @@ to micro-batch ``p // (micro_batch_size * dp_size)``, and inside it to the DP ra
 """
 
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import overload
 
@@ -66,10 +67,24 @@ class TrainBatches:
         self._seed = seed
         self._sequences = training_sequences(data_dir, seq_length)
         self._epochs: dict[int, Indices] = {}
+        self._reader = ThreadPoolExecutor(max_workers=1, thread_name_prefix="train-batches")
+        self._ahead: dict[int, Future[list[Batch]]] = {}
 
     def microbatches(self, step: int) -> list[Batch]:
-        """Return this DP rank's micro-batches of a step, counted from 0."""
+        """Return this DP rank's micro-batches of a step, counted from 0.
+
+        Those of the next step are read in a thread meanwhile: a sequence is made of several documents from anywhere in
+        the file, and each takes a network file system some milliseconds.
+        """
         assert 0 <= step < self.num_steps, f"step {step} of {self.num_steps}"
+        asked = [number for number in (step, step + 1) if number < self.num_steps]
+        for number in asked:
+            if number not in self._ahead:
+                self._ahead[number] = self._reader.submit(self._read, number)
+        self._ahead = {number: self._ahead[number] for number in asked}
+        return self._ahead.pop(step).result()
+
+    def _read(self, step: int) -> list[Batch]:
         first = step * self.global_batch_size
         return [
             _stack(self._sequences, [self._sample_index(first + slot) for slot in self._slots(micro)])

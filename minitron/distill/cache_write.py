@@ -138,22 +138,23 @@ def planned_size(folder: Path, identity: CacheIdentity, num_samples: int) -> str
         num_samples: Samples to write.
 
     Raises:
-        ArtefactError: That is more than the disk has free.
+        ArtefactError: That is more than the disk has free. What is only known to be no more than so much is not
+            refused: sharp distributions take a fraction of it, and what is made is kept when a disk fills.
     """
     settings = identity.settings
     per_token = settings.max_bytes_per_token(identity.vocab_size)
     total, free = per_token * num_samples * identity.seq_length, shutil.disk_usage(folder).free
-    most = "" if settings.method is CacheMethod.top_k else "at most "
-    if total > free:
-        key = "num_draws" if settings.method is CacheMethod.sampled else "top_k"
+    exact = settings.method is CacheMethod.top_k
+    if exact and total > free:
         raise ArtefactError(
-            f"{folder}: the cache would take {most}{total / 1e9:.3g} GB but {free / 1e9:.3g} GB are free; lower "
-            f"teacher_logits.{key}={settings.max_entries} or distill.train.num_tokens, or set runs_dir= to a larger "
+            f"{folder}: the cache would take {total / 1e9:.3g} GB but {free / 1e9:.3g} GB are free; lower "
+            f"teacher_logits.top_k={settings.max_entries} or distill.train.num_tokens, or set runs_dir= to a larger "
             "disk"
         )
+    most, fits = ("", "") if exact else ("at most ", ", which may not do" if total > free else "")
     return (
         f"{num_samples:,} sequences to write: {most}{per_token} bytes/token, {most}{total / 1e9:.3g} GB of "
-        f"{free / 1e9:.3g} GB free"
+        f"{free / 1e9:.3g} GB free{fits}"
     )
 
 

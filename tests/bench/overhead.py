@@ -51,7 +51,7 @@ def write_data(folder: Path, num_tokens: int) -> None:
         builder.finalize(str(folder / f"{split}.idx"))
         facts[str(split)] = SplitSummary(num_documents=num_tokens // 1000, num_tokens=num_tokens, num_bytes=num_tokens)
     facts |= {"tokenizer_sha256": "", "source_fingerprint": "", "train_sha256": ""}
-    save_summary(folder, DatasetSummary(**facts, seq_length=SEQ_LENGTH))
+    save_summary(folder, DatasetSummary(**facts))
 
 
 class Clock:

@@ -348,13 +348,16 @@ def test_a_killed_writer_goes_on(pool: WorkerPool, job: Job, caches: dict[str, L
         assert whole.read(sample).number_S.max() <= 50
 
 
-def test_a_disk_too_small_is_refused(caches: dict[str, LogitCache]) -> None:
+def test_a_disk_too_small_is_refused_where_the_size_is_known(caches: dict[str, LogitCache]) -> None:
     folder, identity = caches["1x1x1"].folder, caches["1x1x1"].identity
     assert "at most 155 bytes/token, at most 0.00248 GB of" in planned_size(folder, identity, 1000)
-    with pytest.raises(ArtefactError, match=r"would take at most 2.48e\+09 GB but .* GB are free; lower .*num_draws"):
-        planned_size(folder, identity, 10**15)
+    assert "GB free, which may not do" not in planned_size(folder, identity, 1000)
+    assert "at most 2.48e+09 GB of" in planned_size(folder, identity, 10**15)
+    assert planned_size(folder, identity, 10**15).endswith("GB free, which may not do")
     exact = replace(identity, parameters={"method": "top_k", "top_k": 6})
     assert ": 29 bytes/token, 0.000464 GB of" in planned_size(folder, exact, 1000)
+    with pytest.raises(ArtefactError, match=r"would take 4.64e\+08 GB but .* GB are free; lower .*top_k=6"):
+        planned_size(folder, exact, 10**15)
 
 
 def test_a_cache_lands_where_the_online_teacher_does(pool: WorkerPool, job: Job, tmp_path: Path) -> None:

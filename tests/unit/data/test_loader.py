@@ -1,5 +1,6 @@
 """The loaders against the ``.bin`` read by NumPy, and over layouts."""
 
+import queue
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -88,6 +89,20 @@ def test_train_equals_numpy_over_several_epochs(data_dir: Path) -> None:
     found = np.concatenate([rows(loader.microbatches(step)) for step in range(num_steps)])
     np.testing.assert_array_equal(found, expected[: num_steps * GLOBAL_BATCH])
     assert not np.array_equal(epochs[0], epochs[1])
+
+
+def test_the_next_step_is_read_before_it_is_asked_for(data_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    began: queue.Queue[int] = queue.Queue()
+    read = TrainBatches._read
+    monkeypatch.setattr(TrainBatches, "_read", lambda loader, step: (began.put(step), read(loader, step))[1])
+    loader = train(data_dir, num_steps=7)
+    loader.microbatches(4)
+    assert [began.get(timeout=20) for _ in range(2)] == [4, 5]
+    loader.microbatches(5)
+    loader.microbatches(6)  # the last
+    loader.microbatches(0)  # nobody expected it
+    assert [began.get(timeout=20) for _ in range(3)] == [6, 0, 1]
+    assert began.empty()
 
 
 @pytest.mark.parametrize(("dp_size", "micro_batch_size"), LAYOUTS)
