@@ -45,7 +45,8 @@ class LaunchConfig:
     """slurm: time of one job of the whole allocation, ``[days-]hours:minutes:seconds``. A training stage that is not
     done by then saves, and the job requeues itself."""
     alone_time_limit: str = "04:00:00"
-    """slurm: time of a job of one process, which cannot go on from the middle: it must be enough."""
+    """slurm: time of one job of a single process. One that tokenizes saves and requeues itself too; for the import, the
+    pruning or the export of a model it must be enough."""
     signal_lead_s: int = 300
     """slurm: how long before the time limit the ranks are asked to save; SLURM may ask a minute earlier."""
     max_restarts_without_progress: int = 3
@@ -73,11 +74,11 @@ class LaunchConfig:
                 raise ConfigError(f"launch.{name}={value} must be at least {least}")
         self._check_kind()
         for name in ("time_limit", "alone_time_limit"):
-            seconds = time_limit_s(getattr(self, name), f"launch.{name}")
-            if name == "time_limit" and seconds <= self.signal_lead_s:
+            limit = getattr(self, name)
+            if time_limit_s(limit, f"launch.{name}") <= self.signal_lead_s:
                 raise ConfigError(
-                    f"launch.time_limit={self.time_limit} is not longer than launch.signal_lead_s="
-                    f"{self.signal_lead_s}: the ranks would be asked to save before they start"
+                    f"launch.{name}={limit} is not longer than launch.signal_lead_s={self.signal_lead_s}: the ranks "
+                    "would be asked to save before they start"
                 )
 
     def _check_kind(self) -> None:

@@ -116,13 +116,13 @@ def _header(job: Job, place: Place, launch: LaunchConfig, cluster: ClusterConfig
         f"--cpus-per-task={cluster.alone_cpus if job.alone else cluster.cpus_per_rank}",
         f"--time={launch.alone_time_limit if job.alone else launch.time_limit}",
         "--requeue",
+        f"--signal=USR1@{launch.signal_lead_s}",
     ]
     if job.alone:
         options += [f"--mem={cluster.alone_memory}"] if cluster.alone_memory else []
     else:
         options += [f"--gpus-per-node={job.ranks_per_node}"] if cluster.gpus_per_node else []
         options += ["--exclusive", "--mem=0"] if cluster.exclusive else []
-        options.append(f"--signal=USR1@{launch.signal_lead_s}")
     for name, value in (("partition", partition), ("account", cluster.account), ("qos", cluster.qos)):
         options += [f"--{name}={value}"] if value else []
     return [_one_word(option) for option in (*options, *cluster.options)]

@@ -92,10 +92,10 @@ DGX = """\
 #SBATCH --cpus-per-task=14
 #SBATCH --time=1-00:00:00
 #SBATCH --requeue
+#SBATCH --signal=USR1@600
 #SBATCH --gpus-per-node=8
 #SBATCH --exclusive
 #SBATCH --mem=0
-#SBATCH --signal=USR1@600
 #SBATCH --partition=batch
 #SBATCH --account=llm
 #SBATCH --nice=10
@@ -150,9 +150,16 @@ def test_script_of_a_dgx_job(compress: Compress, capsys: pytest.CaptureFixture[s
     }
     assert script.rstrip("\n") == DGX.format(**names).rstrip("\n")
     alone = next(part for part in scripts if "/prune.sbatch," in part.splitlines()[0])
-    for option in ("--nodes=1", "--ntasks-per-node=1", "--cpus-per-task=14", "--mem=240G", "--time=04:00:00"):
+    for option in (
+        "--nodes=1",
+        "--ntasks-per-node=1",
+        "--cpus-per-task=14",
+        "--mem=240G",
+        "--signal=USR1@600",
+        "--time=04:00:00",
+    ):
         assert f"#SBATCH {option}\n" in alone
-    for absent in ("gpus-per-node", "signal", "exclusive", "NCCL"):
+    for absent in ("gpus-per-node", "exclusive", "NCCL"):
         assert absent not in alone
     assert 'export CUDA_VISIBLE_DEVICES=""' in alone
 
