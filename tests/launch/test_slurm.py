@@ -125,11 +125,11 @@ def test_tokenizing_saves_and_requeues_itself_too(cluster: SlurmCluster, tmp_pat
     sources = [source.read_text() for source in sorted((REPOSITORY / "minitron").rglob("*.py"))]
     lines = [json.dumps({"text": f"{number}\n{source}"}) for number in range(20) for source in sources]
     (tmp_path / "text.jsonl").write_text("\n".join(lines))
-    text = f"data.paths=[{tmp_path}/text.jsonl]"
+    text = [f"data.paths=[{tmp_path}/text.jsonl]", "data.max_bytes=null"]
     for runs_dir in (slurm, here):
-        done = minitron("import", runs_dir, text)
+        done = minitron("import", runs_dir, *text)
         assert done.returncode == 0, done.stderr
-    (job,) = _submit(cluster, "data", slurm, text).values()
+    (job,) = _submit(cluster, "data", slurm, *text).values()
     ids = slurm / NAME / ".partial" / "data" / "train.bin"
     wait_until("some ids", lambda: ids.exists() and ids.stat().st_size > 2**20, timeout_s=200, interval_s=0.05)
     cluster.client("scancel", "--signal=USR1", str(job))
@@ -137,7 +137,7 @@ def test_tokenizing_saves_and_requeues_itself_too(cluster: SlurmCluster, tmp_pat
     log = _log(slurm, "data", job)
     assert (ended.state, ended.restarts) == ("COMPLETED", 1), log
     assert "documents, saved; the same command goes on from there" in log
-    done = minitron("data", here, text)
+    done = minitron("data", here, *text)
     assert done.returncode == 0, done.stderr
     for name in ("train.bin", "train.idx", "heldout.bin", "heldout.idx", "data.json"):
         assert (slurm / NAME / "data" / name).read_bytes() == (here / NAME / "data" / name).read_bytes(), name
