@@ -1,5 +1,6 @@
 """What each stage does: the wiring of data, prune, distill, train, eval and report. Imported on the ranks only."""
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,6 @@ from minitron.config.trainings import TRAININGS, settings_of
 from minitron.data.build import build_dataset
 from minitron.distill.cache_write import write_teacher_logits
 from minitron.distill.run import distill
-from minitron.errors import StoppedError
 from minitron.eval.run import check_better_than_chance, evaluate
 from minitron.models.axes import num_embedding_parameters, num_parameters
 from minitron.models.hf_import import import_model
@@ -30,7 +30,7 @@ from minitron.prune.run import prune, score
 from minitron.prune.scores import Scores
 from minitron.runtime.artefact import RESOLVED_FILE
 from minitron.runtime.session import Session
-from minitron.runtime.signals import on_any_rank, stop_was_asked
+from minitron.runtime.signals import work_of_one
 from minitron.train.run import Leg, StartingPoint, train_on_text
 
 Values = dict[str, Any]
@@ -118,19 +118,10 @@ def _import(session: Session, out: Path) -> Values:
 
 
 def _data(session: Session, out: Path) -> Values:
-    told: Values = {}
-    stopped: StoppedError | None = None
-    if session.is_main:
-        try:
-            told = _tokenized(session, out)
-        except StoppedError as error:
-            stopped = error
-    if on_any_rank(stopped is not None):
-        raise stopped or StoppedError("stopped in data")
-    return told
+    return work_of_one(lambda should_stop: _tokenized(session, out, should_stop), is_main=session.is_main) or {}
 
 
-def _tokenized(session: Session, out: Path) -> Values:
+def _tokenized(session: Session, out: Path, should_stop: Callable[[], bool]) -> Values:
     """Write the data folder; what ``data`` says of it."""
     model = session.run.stage("import")
     with session.progress("data") as progress:
@@ -142,7 +133,7 @@ def _tokenized(session: Session, out: Path) -> Values:
             vocab_size=read_model_config(model).vocab_size,
             out_dir=out,
             on_progress=lambda _documents, done: progress.update(done, max(limit, done)),
-            should_stop=stop_was_asked,
+            should_stop=should_stop,
         )
     check_sequences(session.config, out)  # now, not when training starts
     return {"train_tokens": summary.train.num_tokens, "heldout_tokens": summary.heldout.num_tokens}

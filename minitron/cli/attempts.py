@@ -37,8 +37,8 @@ def note_attempt(run: Path, stages: Sequence[str], *, limit: int) -> None:
     if idle > limit:
         raise PlatformError(
             f"job {job.job_id} was started again {idle} times without saving a step or finishing a stage; see its log "
-            f"for the reason, and raise launch.time_limit, or lower distill.train.save_interval_steps or "
-            "launch.signal_lead_s"
+            f"for the reason, and raise launch.time_limit (alone_time_limit for a job of one process), or lower "
+            "distill.train.save_interval_steps or launch.signal_lead_s"
         )
     file.parent.mkdir(parents=True, exist_ok=True)
     write_json(file, [*before, now])

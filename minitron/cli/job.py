@@ -40,7 +40,7 @@ from minitron.runtime.slurm import Job
 
 _PREFLIGHT_LIMIT = "01:00:00"
 """Time limit of a SLURM job that only looks at its machines: short, to start soon, and longer than its ranks wait for
-each other (`minitron.cli.preflight`), so that they, not SLURM, say who is missing."""
+each other by default (`minitron.cli.preflight`), so that they, not SLURM, say who is missing."""
 
 
 def run_job(verb: str, config: RunConfig, env: DistEnv | None) -> int:

@@ -118,6 +118,7 @@ class Line:
             values=lambda _: stage.values(self.config),
             outside=lambda _: stage.outside(self.config),
             lacks=lambda _, run: stage.lacks(self.config, placed(run)),
+            check=lambda _, run: stage.check(self.config, placed(run)),
             run=run,
         )
 
@@ -146,7 +147,7 @@ def stages_of(config: RunConfig) -> list[Stage]:
             _action("data"),
             outside=text_outside,
             resumable=True,
-            lacks=_has_enough_text,
+            check=_check_text,
             alone=True,
         ),
         _eval_stage("teacher"),
@@ -376,7 +377,7 @@ def check_sequences(config: RunConfig, data: Path) -> None:
     require_tokens(data, Split.heldout, num_sequences=1, seq_length=seq_length)
 
 
-def _has_enough_text(config: RunConfig, run: RunFolder) -> None:
+def _check_text(config: RunConfig, run: RunFolder) -> None:
     """A run may cut the text of an earlier one into longer sequences, or more of them: say so before any work."""
     check_sequences(config, run.stage("data"))
 

@@ -50,7 +50,7 @@ class LaunchConfig:
     signal_lead_s: int = 300
     """slurm: how long before the time limit the ranks are asked to save; SLURM may ask a minute earlier."""
     max_restarts_without_progress: int = 3
-    """slurm: requeues in a row, whoever asked for them, in which a job may finish no stage and save no step."""
+    """slurm: requeues in a row, whoever asked for them, in which a job may finish no stage and save nothing."""
     container_image: str | None = None
     """slurm: image for pyxis (a .sqsh file or registry#name:tag); null runs `python` on the node itself."""
     container_mounts: list[str] = field(default_factory=list)

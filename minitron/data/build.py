@@ -1,19 +1,25 @@
 """Text to Megatron ``.bin/.idx`` files: ``train``, ``heldout`` and ``data.json``."""
 
 import hashlib
+import json
 from collections.abc import Callable
 from contextlib import closing
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from megatron.core.datasets.indexed_dataset import DType
 
 from minitron.config.data import DataConfig
 from minitron.data.growing import SAVE_EVERY_BYTES, GrowingDataset
+from minitron.data.packed import open_split
 from minitron.data.sources import iter_documents, source_fingerprint
-from minitron.data.summary import SUMMARY_NAME, DatasetSummary, Split, check_tokens, save_summary
+from minitron.data.summary import SUMMARY_NAME, DatasetSummary, Split, check_tokens, load_summary, save_summary
 from minitron.data.tokenize import TokenizerSpec, encode_documents, load_tokenizer_spec
-from minitron.errors import StoppedError
+from minitron.errors import DataError, StoppedError
+
+_BLOCK_BYTES = 16 * 2**20
 
 
 def build_dataset(
@@ -30,7 +36,7 @@ def build_dataset(
     A document goes to train or held-out by the hash of its text. The same text, tokenizer and
     ``cfg`` give the same bytes, whatever ``num_workers`` is and however often it was interrupted.
     ``data.json`` is written last: a folder without it is unfinished, and the next build of the same
-    text goes on from there.
+    text goes on from there. One that is finished is left as it is.
 
     Args:
         cfg: the text, the split and the number of processes.
@@ -47,26 +53,50 @@ def build_dataset(
         StoppedError: ``should_stop`` said so.
     """
     spec = load_tokenizer_spec(tokenizer_dir, vocab_size=vocab_size, parse_special_tokens=cfg.parse_special_tokens)
-    fingerprint = source_fingerprint(cfg)
+    dtype = DType.optimal_dtype(vocab_size)
+    facts: dict[str, Any] = {
+        "eos_id": spec.eos_id,
+        "vocab_size": vocab_size,
+        "dtype": np.dtype(dtype).name,
+        "tokenizer_sha256": spec.sha256,
+        "source_fingerprint": source_fingerprint(cfg),
+        "heldout_fraction": cfg.heldout_fraction,
+    }
+    summary = _made_before(out_dir, facts) or _make(cfg, spec, facts, out_dir, on_progress, should_stop)
+    for split in Split:
+        check_tokens(str(out_dir), split, summary.split(split).num_tokens, num_sequences=1, seq_length=cfg.seq_length)
+    return summary
+
+
+def _made_before(out_dir: Path, facts: dict[str, Any]) -> DatasetSummary | None:
+    """What a finished folder of the same text says, where its files are those that it describes."""
+    try:
+        summary = load_summary(out_dir)
+        for split in Split:
+            open_split(out_dir, split)
+    except DataError:
+        return None
+    return summary if facts.items() <= asdict(summary).items() else None
+
+
+def _make(
+    cfg: DataConfig,
+    spec: TokenizerSpec,
+    facts: dict[str, Any],
+    out_dir: Path,
+    on_progress: Callable[[int, int], None] | None,
+    should_stop: Callable[[], bool],
+) -> DatasetSummary:
     out_dir.mkdir(parents=True, exist_ok=True)
     (out_dir / SUMMARY_NAME).unlink(missing_ok=True)
-    dtype = DType.optimal_dtype(vocab_size)
-    source = f"{fingerprint} {spec.sha256} {np.dtype(dtype).name} {cfg.heldout_fraction}"
-    with closing(GrowingDataset(out_dir, dtype, source=source, heldout_fraction=cfg.heldout_fraction)) as made:
+    source = json.dumps(facts)
+    with closing(GrowingDataset(out_dir, facts["dtype"], source=source, heldout_fraction=cfg.heldout_fraction)) as made:
         _tokenize(cfg, spec, made, on_progress, should_stop)
         made.write_indices()
         splits = made.progress.splits
-        for split, size in splits.items():
-            check_tokens(str(out_dir), split, size.num_tokens, num_sequences=1, seq_length=cfg.seq_length)
+        train_sha256 = _content_sha256(out_dir / Split.train, made, should_stop)
         summary = DatasetSummary(
-            train=splits[Split.train],
-            heldout=splits[Split.heldout],
-            eos_id=spec.eos_id,
-            vocab_size=vocab_size,
-            dtype=np.dtype(dtype).name,
-            tokenizer_sha256=spec.sha256,
-            source_fingerprint=fingerprint,
-            train_sha256=_content_sha256(out_dir / Split.train),
+            train=splits[Split.train], heldout=splits[Split.heldout], train_sha256=train_sha256, **facts
         )
         save_summary(out_dir, summary)
         made.forget()
@@ -89,16 +119,24 @@ def _tokenize(
             made.save(every_bytes=SAVE_EVERY_BYTES)
             if on_progress is not None:
                 on_progress(made.progress.num_documents, made.progress.position.num_bytes)
-            if should_stop():
-                made.save()
-                done = f"{made.progress.num_documents:,} documents"
-                raise StoppedError(f"stopped after {done}, saved; the same command goes on from there")
+            _stop_if_asked(made, should_stop)
 
 
-def _content_sha256(prefix: Path) -> str:
+def _stop_if_asked(made: GrowingDataset, should_stop: Callable[[], bool]) -> None:
+    if should_stop():
+        made.save()
+        done = f"{made.progress.num_documents:,} documents"
+        raise StoppedError(f"stopped after {done}, saved; the same command goes on from there")
+
+
+def _content_sha256(prefix: Path, made: GrowingDataset, should_stop: Callable[[], bool]) -> str:
     """Hash of a split's ids and of its index, which has the documents' lengths."""
     digest = hashlib.sha256()
     for suffix in (".bin", ".idx"):
+        content = hashlib.sha256()
         with prefix.with_suffix(suffix).open("rb") as stream:
-            digest.update(hashlib.file_digest(stream, "sha256").digest())
+            while block := stream.read(_BLOCK_BYTES):
+                content.update(block)
+                _stop_if_asked(made, should_stop)
+        digest.update(content.digest())
     return digest.hexdigest()

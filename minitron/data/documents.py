@@ -15,7 +15,7 @@ class Document:
         text: the text as it will be tokenized.
         num_bytes: length of the text in UTF-8.
         sha256: digest of the text in UTF-8; decides the split and finds duplicates.
-        file: number of the file it comes from, among those that are read; 0 for local text.
+        file: number of the file it comes from; 0 where the text is known by its documents, not by its files.
     """
 
     id: str
@@ -30,7 +30,7 @@ class Position:
     """How far a text has been read.
 
     Attributes:
-        file: number of the file that the last document came from.
+        file: number of the file that the last document came from (`Document.file`).
         num_documents: documents of this file so far.
         num_bytes: length in UTF-8 of all documents so far, of all files.
     """

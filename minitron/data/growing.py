@@ -49,7 +49,7 @@ class GrowingDataset:
 
     Args:
         out_dir: The data folder.
-        dtype: Type of the ids.
+        dtype: NumPy name of the type of the ids.
         source: See `Progress`.
         heldout_fraction: Share of the documents that are held out.
 
@@ -57,7 +57,7 @@ class GrowingDataset:
         progress: What it holds.
     """
 
-    def __init__(self, out_dir: Path, dtype: type[np.number], *, source: str, heldout_fraction: float) -> None:
+    def __init__(self, out_dir: Path, dtype: str, *, source: str, heldout_fraction: float) -> None:
         self._out_dir, self._dtype, self._heldout_fraction = out_dir, np.dtype(dtype), heldout_fraction
         none = {split: SplitSummary(num_documents=0, num_tokens=0, num_bytes=0) for split in Split}
         saved = _read(out_dir / PROGRESS_NAME)
@@ -127,11 +127,12 @@ class GrowingDataset:
 
 
 def _read(file: Path) -> Progress | None:
-    if not file.is_file():
+    try:
+        values = json.loads(file.read_text(encoding="utf-8"))
+        splits = {split: SplitSummary(**values["splits"][split]) for split in Split}
+        return Progress(source=values["source"], position=Position(**values["position"]), splits=splits)
+    except (FileNotFoundError, ValueError, KeyError, TypeError):  # none, or another version's
         return None
-    values = json.loads(file.read_text(encoding="utf-8"))
-    splits = {split: SplitSummary(**values["splits"][split]) for split in Split}
-    return Progress(source=values["source"], position=Position(**values["position"]), splits=splits)
 
 
 def _cut(file: Path, size: int) -> BinaryIO:

@@ -12,7 +12,7 @@ import json
 import math
 import zlib
 from collections.abc import Iterator
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +33,7 @@ def iter_documents(cfg: DataConfig, *, after: Position = START) -> Iterator[Docu
 
     Args:
         cfg: the text.
-        after: where to go on; files before it are not opened.
+        after: where to go on.
 
     Raises:
         DataError: a path is missing, of an unknown kind, broken, or nothing at all was found.
@@ -86,7 +86,7 @@ def source_fingerprint(cfg: DataConfig) -> str:
         DataError: as ``iter_documents``.
     """
     digest = hashlib.sha256()
-    if cfg.source is DataSource.files and cfg.max_bytes is None:
+    if _reads_whole_files(cfg):
         files = list_files(cfg.paths)
         for path, content in zip(files, sha256_of(files, unreadable=DataError), strict=True):
             digest.update(f"{_suffix(path)} {cfg.text_key!r} {content}\n".encode())
@@ -126,13 +126,21 @@ def list_files(paths: list[str]) -> list[Path]:
 
 
 def _iter_all(cfg: DataConfig, after: Position) -> Iterator[Document]:
+    """Files are passed over whole where `source_fingerprint` knows them; where it does not, documents are counted."""
     if cfg.source is DataSource.local_text:
         yield from islice(iter_local_text(site_packages()), after.num_documents, None)
-        return
-    for number, path in enumerate(list_files(cfg.paths)):
-        if number >= after.file:
-            first = after.num_documents if number == after.file else 0
-            yield from islice(_iter_file(path, number, cfg.text_key), first, None)
+    elif not _reads_whole_files(cfg):
+        files = (_iter_file(path, 0, cfg.text_key) for path in list_files(cfg.paths))
+        yield from islice(chain.from_iterable(files), after.num_documents, None)
+    else:
+        for number, path in enumerate(list_files(cfg.paths)):
+            if number >= after.file:
+                first = after.num_documents if number == after.file else 0
+                yield from islice(_iter_file(path, number, cfg.text_key), first, None)
+
+
+def _reads_whole_files(cfg: DataConfig) -> bool:
+    return cfg.source is DataSource.files and cfg.max_bytes is None
 
 
 def _iter_file(path: Path, number: int, text_key: str) -> Iterator[Document]:

@@ -41,6 +41,7 @@ class DatasetSummary:
         dtype: NumPy name of the ids' type in the ``.bin`` files.
         tokenizer_sha256: hash of the tokenizer.
         source_fingerprint: hash of the text (``minitron.data.sources.source_fingerprint``).
+        heldout_fraction: share of the documents asked to be held out.
         train_sha256: hash of the training split's ids and document lengths. It names the dataset: with a length of
             sequences, sequence ``i`` of it is always the same.
     """
@@ -52,6 +53,7 @@ class DatasetSummary:
     dtype: str
     tokenizer_sha256: str
     source_fingerprint: str
+    heldout_fraction: float
     train_sha256: str
 
     def split(self, split: Split) -> SplitSummary:

@@ -113,7 +113,7 @@ def _write_missing(session: Session, teacher: Path, identity: CacheIdentity, dat
 
 
 def _open(session: Session, identity: CacheIdentity, data: Path, out: Path) -> tuple[Indices, int]:
-    """What is missing, and the number of the first shard to write; the size is said, and refused if it is too much."""
+    """What is missing, and the number of the first shard to write; the size is said, or refused."""
     if session.is_main and not (out / INFO_FILE).exists():
         write_identity(out, identity)
     torch.distributed.barrier()

@@ -40,6 +40,10 @@ def _lacks_nothing(_config: RunConfig, _run: RunFolder) -> str | None:
     return None
 
 
+def _refuses_nothing(_config: RunConfig, _run: RunFolder) -> None:
+    pass
+
+
 @dataclass(frozen=True)
 class Stage:
     """One step of the line.
@@ -56,6 +60,8 @@ class Stage:
             would be lost.
         lacks: What a finished artefact of the right identity still lacks for this configuration, in words; running
             the stage again adds it.
+        check: Refuses a finished artefact of the right identity that will not do for what is asked for now, where
+            running the stage again would not help; called where the stage is wanted, before any work.
         alone: One process on the CPU does it: it reads, writes and slices files. With more, most would wait.
     """
 
@@ -68,6 +74,7 @@ class Stage:
     mentions: tuple[str, ...] = ()
     waits_for: tuple[str, ...] = ()
     lacks: Callable[[RunConfig, RunFolder], str | None] = field(default=_lacks_nothing)
+    check: Callable[[RunConfig, RunFolder], None] = field(default=_refuses_nothing)
     alone: bool = False
 
 
@@ -114,6 +121,7 @@ def plan_stages(
     Raises:
         ArtefactError: A finished stage was made with other inputs (see `RunFolder.is_done`), or a wanted stage needs
             one that is neither done nor wanted, or that lacks something.
+        MinitronError: `Stage.check` refuses what a wanted stage has left.
     """
     outside = outside_hashes(stages, config) if outside is None else outside
     by_name = {stage.name: stage for stage in stages}
@@ -130,6 +138,8 @@ def plan_stages(
             _check_needed(identities[needed], run, wanted, stage.name)
             _check_complete(by_name[needed], config, run, wanted, stage.name)
         done, changed = run.is_done(identity, config.on_change)
+        if done:
+            stage.check(config, run)
         done = done and stage.lacks(config, run) is None
         digests = inputs | {name: identities[name].digest for name in stage.mentions}
         planned.append(Planned(stage, identity, done, changed, digests))

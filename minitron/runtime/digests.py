@@ -7,6 +7,7 @@ even when nothing has changed, so a digest is kept with the file's size, times a
 import hashlib
 import json
 import os
+import threading
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -17,6 +18,8 @@ from minitron.errors import MinitronError
 from minitron.runtime.artefact import write_whole
 from minitron.runtime.env import cache_folder, num_cores
 
+NOTES_NAME = "sha256.json"
+
 REMEMBERED_FROM_BYTES = 64 * 2**20
 """Smaller files are read again: that is quick, and keeps the notes short."""
 
@@ -25,8 +28,10 @@ _SETTLED_AFTER_S = 60
 
 _MOST_FILES = 100_000
 _FILES_AT_ONCE = 8
+_BLOCK_BYTES = 2**20
 
 Stamp = list[int]
+Note = tuple[Stamp, str]
 
 
 def sha256_of(files: Sequence[Path], *, unreadable: type[MinitronError]) -> list[str]:
@@ -42,55 +47,71 @@ def sha256_of(files: Sequence[Path], *, unreadable: type[MinitronError]) -> list
     Raises:
         MinitronError: ``unreadable``.
     """
-    remembered = _remembered()
-    notes: dict[str, tuple[Stamp, str]] = {}
+    remembered, notes, given_up = _remembered(), dict[str, Note](), threading.Event()
 
     def digest(file: Path) -> str:
-        with file.open("rb") as stream:  # opened also to be looked at: NFS asks its server then, and not before
-            name, stamp = str(file.resolve()), _stamp(stream)
-            known = remembered.get(name)
-            if known is not None and known[0] == stamp:
-                return known[1]
-            found = hashlib.file_digest(stream, "sha256").hexdigest()
-            settled = time.time() - os.fstat(stream.fileno()).st_ctime > _SETTLED_AFTER_S
-            if stamp[0] >= REMEMBERED_FROM_BYTES and settled and _stamp(stream) == stamp:
-                notes[name] = (stamp, found)
-        return found
-
-    with ThreadPoolExecutor(min(_FILES_AT_ONCE, num_cores())) as threads:
         try:
-            digests = list(threads.map(digest, files))
+            with file.open("rb") as stream:  # opened also to be looked at: NFS asks its server then, and not before
+                name, stamp = str(file.resolve()), _stamp(stream)
+                known = remembered.get(name)
+                if known is not None and known[0] == stamp:
+                    return known[1]
+                found = _digest(stream, given_up)
+                if stamp[0] >= REMEMBERED_FROM_BYTES and _is_settled(stream) and _stamp(stream) == stamp:
+                    notes[name] = (stamp, found)
+            return found
         except OSError as error:
-            raise unreadable(f"{error.filename} cannot be read: {error.strerror}; mend it, or name another") from error
-    if notes:
-        _remember(notes)
-    return digests
+            raise unreadable(f"{file} cannot be read: {error.strerror}; mend it, or name another") from error
+
+    try:
+        with ThreadPoolExecutor(min(_FILES_AT_ONCE, num_cores())) as threads:
+            try:
+                return list(threads.map(digest, files))
+            except BaseException:  # Ctrl-C too: do not read on
+                given_up.set()
+                raise
+    finally:
+        if notes:
+            _remember(notes)
+
+
+def _digest(stream: BinaryIO, given_up: threading.Event) -> str:
+    digest = hashlib.sha256()
+    while not given_up.is_set() and (block := stream.read(_BLOCK_BYTES)):
+        digest.update(block)
+    return digest.hexdigest()
+
+
+def _is_settled(stream: BinaryIO) -> bool:
+    """Whether the file has not changed of late, and its file system has a time of change of its own.
+
+    Images such as .sqsh give the time of the content for it, in whole seconds.
+    """
+    found = os.fstat(stream.fileno())
+    own_time = found.st_ctime_ns != found.st_mtime_ns or found.st_ctime_ns % 10**9 != 0
+    return own_time and time.time() - found.st_ctime > _SETTLED_AFTER_S
 
 
 def _stamp(stream: BinaryIO) -> Stamp:
-    """What changes with a file's content; the time of the last change of its inode cannot be set back."""
+    """What changes with a file's content; programs cannot set back the time of the last change of its inode."""
     found = os.fstat(stream.fileno())
     return [found.st_size, found.st_mtime_ns, found.st_ctime_ns, found.st_ino]
 
 
-def _notes_file() -> Path:
-    return cache_folder() / "sha256.json"
-
-
-def _remembered() -> dict[str, tuple[Stamp, str]]:
+def _remembered() -> dict[str, Note]:
     try:
-        notes = json.loads(_notes_file().read_text(encoding="utf-8"))
+        notes = json.loads((cache_folder() / NOTES_NAME).read_text(encoding="utf-8"))
         return {name: (list(stamp), str(digest)) for name, (stamp, digest) in notes.items()}
     except (OSError, ValueError, TypeError, AttributeError):  # none yet, or of no use: hash again
         return {}
 
 
-def _remember(notes: dict[str, tuple[Stamp, str]]) -> None:
+def _remember(notes: dict[str, Note]) -> None:
     """Add to the notes; two that write at once lose some, which are made again."""
     others = {name: note for name, note in _remembered().items() if name not in notes}
     kept = dict(list((others | notes).items())[-_MOST_FILES:])
     try:
-        _notes_file().parent.mkdir(parents=True, exist_ok=True)
-        write_whole(_notes_file(), json.dumps(kept))
+        cache_folder().mkdir(parents=True, exist_ok=True)
+        write_whole(cache_folder() / NOTES_NAME, json.dumps(kept))
     except OSError:  # a home that cannot be written, or none: the next one hashes again
         return

@@ -297,9 +297,16 @@ def _default_interface() -> str | None:
 
 
 def cache_folder() -> Path:
-    """Where this user's programs keep what they can make again, by the XDG base directory specification."""
+    """Where this user's programs keep what they can make again, by the XDG base directory specification.
+
+    Raises:
+        OSError: The user has no home folder.
+    """
     given = os.environ.get("XDG_CACHE_HOME", "")
-    return Path(given if os.path.isabs(given) else os.path.expanduser("~/.cache")) / "minitron"
+    folder = Path(given if os.path.isabs(given) else os.path.expanduser("~/.cache"))
+    if not folder.is_absolute():
+        raise FileNotFoundError("no home folder")
+    return folder / "minitron"
 
 
 def hide_gpus() -> None:

@@ -9,8 +9,11 @@ a rank that waits in native code for one that is gone never runs a Python handle
 import contextlib
 import datetime
 import signal
+import time
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
+
+from minitron.errors import StoppedError
 
 if TYPE_CHECKING:  # the signal is blocked before torch is imported, which takes seconds
     import torch
@@ -19,6 +22,9 @@ STOP_SIGNAL = signal.SIGUSR1
 
 _LONGEST_STEP = datetime.timedelta(hours=2)
 """A rank that asks waits this long at most for the others to have asked too."""
+
+_EXCHANGE_EVERY_S = 5.0
+"""Between two questions of a rank that works alone to those that wait for it."""
 
 
 def hold_stop_signal() -> None:
@@ -33,16 +39,56 @@ def stop_was_asked() -> bool:
 
 def any_rank_was_asked() -> bool:
     """Whether any rank was, known to all; for moments at which the ranks wait for each other anyway."""
-    return on_any_rank(stop_was_asked())
+    return _on_any_rank(stop_was_asked())[0]
 
 
-def on_any_rank(here: bool) -> bool:
-    """Whether something is so on any rank, known to all, who call it together."""
+def work_of_one[T](work: Callable[[Callable[[], bool]], T], *, is_main: bool) -> T | None:
+    """Let rank 0 work while the others wait, for longer than a collective may take; called by all ranks.
+
+    Args:
+        work: What rank 0 does. It is given a question to ask again and again: shall it stop? When any rank was asked
+            to, it should save and raise the error.
+        is_main: Whether this is rank 0.
+
+    Returns:
+        What the work returned, on rank 0.
+
+    Raises:
+        StoppedError: Rank 0's work did, on all ranks.
+    """
+    if not is_main:
+        done = stopped = False
+        while not done:
+            _, done, stopped = _on_any_rank(stop_was_asked(), False, False)
+        if stopped:
+            raise StoppedError("stopped with rank 0")
+        return None
+    asked, next_exchange = False, 0.0
+
+    def should_stop() -> bool:
+        nonlocal asked, next_exchange
+        asked = asked or stop_was_asked()
+        if not asked and time.monotonic() >= next_exchange:
+            asked, *_ = _on_any_rank(False, False, False)
+            next_exchange = time.monotonic() + _EXCHANGE_EVERY_S
+        return asked
+
+    try:
+        result = work(should_stop)
+    except StoppedError:
+        _on_any_rank(True, True, True)
+        raise
+    _on_any_rank(False, True, False)
+    return result
+
+
+def _on_any_rank(*here: bool) -> list[bool]:
+    """Whether each of some things is so on any rank."""
     import torch
 
-    found = torch.tensor(int(here), dtype=torch.int32, device="cpu")
+    found = torch.tensor([int(value) for value in here], dtype=torch.int32, device="cpu")
     torch.distributed.all_reduce(found, op=torch.distributed.ReduceOp.MAX)
-    return bool(found.item())
+    return [bool(value) for value in found.tolist()]
 
 
 @contextlib.contextmanager

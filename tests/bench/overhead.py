@@ -50,7 +50,7 @@ def write_data(folder: Path, num_tokens: int) -> None:
             builder.add_document(random.integers(TEACHER.vocab_size, size=1000).astype(dtype), [1000])
         builder.finalize(str(folder / f"{split}.idx"))
         facts[str(split)] = SplitSummary(num_documents=num_tokens // 1000, num_tokens=num_tokens, num_bytes=num_tokens)
-    facts |= {"tokenizer_sha256": "", "source_fingerprint": "", "train_sha256": ""}
+    facts |= {"tokenizer_sha256": "", "source_fingerprint": "", "train_sha256": "", "heldout_fraction": 0.1}
     save_summary(folder, DatasetSummary(**facts))
 
 

@@ -123,7 +123,7 @@ def test_asked_to_stop_it_saves_and_requeues_itself(cluster: SlurmCluster, unbro
 def test_tokenizing_saves_and_requeues_itself_too(cluster: SlurmCluster, tmp_path: Path) -> None:
     slurm, here = tmp_path / "slurm", tmp_path / "here"
     sources = [source.read_text() for source in sorted((REPOSITORY / "minitron").rglob("*.py"))]
-    lines = [json.dumps({"text": f"{number}\n{source}"}) for number in range(20) for source in sources]
+    lines = [json.dumps({"text": f"{number}\n{source}"}) for number in range(12) for source in sources]
     (tmp_path / "text.jsonl").write_text("\n".join(lines))
     text = [f"data.paths=[{tmp_path}/text.jsonl]", "data.max_bytes=null"]
     for runs_dir in (slurm, here):

@@ -312,14 +312,18 @@ def test_text_is_tokenized_once_for_all_lengths_that_it_fills(base: list[str], t
 
     made = data().identity
     split = SplitSummary(num_documents=1, num_tokens=16 * 32 + 1, num_bytes=2000)
-    about = {"eos_id": 0, "vocab_size": 512, "dtype": "uint16", "tokenizer_sha256": "", "source_fingerprint": ""}
-    save_summary(run.begin(made, resumable=False), DatasetSummary(train=split, heldout=split, train_sha256="", **about))
+    about = {"eos_id": 0, "vocab_size": 512, "dtype": "uint16", "heldout_fraction": 0.1}
+    hashes = {"tokenizer_sha256": "", "source_fingerprint": "", "train_sha256": ""}
+    save_summary(run.begin(made, resumable=False), DatasetSummary(train=split, heldout=split, **about, **hashes))
     run.finish(made, summary={}, seconds=0.0, environment={})
     least = ["distill.train.global_batch_size=8", "score.num_samples=8", "prune.reconstruct.num_samples=8"]
     assert data(*least).done
     assert data(*least, "data.seq_length=64").done
     with pytest.raises(DataError, match=r"513 tokens but 8 sequences x 128 tokens \+ 1 = 1025 are needed"):
         data(*least, "data.seq_length=128")
+    config = compose_run([*base, *least, "data.seq_length=128"])
+    wanted = ["import", "eval_teacher"]  # which reads held-out text
+    assert [item.stage.name for item in plan_stages(stages_of(config), config, run, wanted)] == wanted
 
 
 def test_the_teachers_layout_does_not_count_and_its_content_does(base: list[str], tmp_path: Path) -> None:

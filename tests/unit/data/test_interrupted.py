@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,7 +13,9 @@ import pytest
 from megatron.core.datasets.indexed_dataset import IndexedDataset, IndexedDatasetBuilder
 
 from minitron.config.data import DataConfig, DataSource
+from minitron.data.build import _tokenize as tokenized
 from minitron.data.build import build_dataset
+from minitron.data.sources import source_fingerprint
 from minitron.data.summary import DatasetSummary
 from minitron.errors import DataError, StoppedError
 
@@ -86,16 +89,50 @@ def test_stopped_again_and_again(tmp_path: Path, tokenize: Tokenize, fields: dic
 def test_what_was_read_is_not_read_again(
     tmp_path: Path, tokenize: Tokenize, corpus: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    tokenize(tmp_path / "whole")
+    parts, copy = tmp_path / "parts", tmp_path / "copy"
+    shutil.copytree(corpus, copy)
     with pytest.raises(StoppedError):
-        tokenize(tmp_path / "parts", batches=15)
-    opened: list[str] = []
-    real = Path.open
-    monkeypatch.setattr(Path, "open", lambda path, *a, **k: (opened.append(path.name), real(path, *a, **k))[1])
-    monkeypatch.setattr("minitron.data.build.source_fingerprint", lambda _cfg: saved["source"].split()[0])
-    saved = json.loads((tmp_path / "parts" / "progress.json").read_text())
+        tokenize(parts, batches=15, paths=[str(copy)])
+    saved = json.loads((parts / "progress.json").read_text())
     assert saved["position"]["file"] == 3, "the stop was to fall into d.parquet"
+    for name in ("a.jsonl", "b.txt", "c.jsonl.gz"):
+        (copy / name).write_bytes(b"\xff cannot be read")
+    monkeypatch.setattr("minitron.data.build.source_fingerprint", lambda _cfg: source_fingerprint_of(corpus))
+    tokenize(parts, paths=[str(copy)])
+    assert content(parts) == content(tmp_path / "whole")
+
+
+def source_fingerprint_of(folder: Path) -> str:
+    """Of all files in a folder."""
+    return source_fingerprint(DataConfig(source=DataSource.files, paths=[str(folder)]))
+
+
+def test_a_part_of_a_text_may_come_to_lie_in_other_files(tmp_path: Path, tokenize: Tokenize, corpus: Path) -> None:
+    """With ``max_bytes`` the text is known by its documents: an empty file more, or files joined, change nothing."""
+    limit = {"max_bytes": 14_000}
+    tokenize(tmp_path / "whole", **limit)
+    copy = tmp_path / "copy"
+    shutil.copytree(corpus, copy)
+    with pytest.raises(StoppedError):
+        tokenize(tmp_path / "parts", batches=9, paths=[str(copy)], **limit)
+    (copy / "0.txt").write_text(" ")
+    lines = (copy / "a.jsonl").read_text().splitlines(keepends=True)
+    (copy / "a.jsonl").write_text("".join(lines[:7]))
+    (copy / "a1.jsonl").write_text("".join(lines[7:]))
+    tokenize(tmp_path / "parts", paths=[str(copy)], **limit)
+    assert content(tmp_path / "parts") == content(tmp_path / "whole")
+
+
+def test_stopped_while_its_content_is_hashed(
+    tmp_path: Path, tokenize: Tokenize, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tokenize(tmp_path / "whole")
+    monkeypatch.setattr("minitron.data.build._tokenize", lambda *a: (tokenized(*a[:4], lambda: False), None)[1])
+    with pytest.raises(StoppedError):
+        tokenize(tmp_path / "parts", batches=1)
     tokenize(tmp_path / "parts")
-    assert not {"a.jsonl", "b.txt", "c.jsonl.gz"} & set(opened)
+    assert content(tmp_path / "parts") == content(tmp_path / "whole")
 
 
 def test_what_a_kill_left_beyond_the_last_note_is_given_up(tmp_path: Path, tokenize: Tokenize) -> None:
@@ -125,13 +162,18 @@ def test_what_cannot_be_gone_on_with_starts_anew(tmp_path: Path, tokenize: Token
     assert content(parts) == content(tmp_path / "whole")
 
 
-def test_a_text_that_proved_too_short_is_there_for_shorter_sequences(tmp_path: Path, tokenize: Tokenize) -> None:
-    tokenize(tmp_path / "whole")
-    parts = tmp_path / "parts"
+def test_a_finished_folder_is_left_as_it_is(tmp_path: Path, tokenize: Tokenize) -> None:
+    """Among them one whose text proved too short: it is there for shorter sequences."""
+    folder = tmp_path / "folder"
     with pytest.raises(DataError, match="1 sequences x 100000 tokens"):
-        tokenize(parts, seq_length=100_000)
-    tokenize(parts, batches=1)  # would be stopped after the first
-    assert content(parts) == content(tmp_path / "whole")
+        tokenize(folder, seq_length=100_000)
+    before = {path.name: path.stat().st_mtime_ns for path in folder.iterdir()}
+    tokenize(folder)
+    assert {path.name: path.stat().st_mtime_ns for path in folder.iterdir()} == before
+    (folder / "train.idx").write_bytes(b"")
+    tokenize(folder)
+    tokenize(tmp_path / "whole")
+    assert content(folder) == content(tmp_path / "whole")
 
 
 def test_files_are_those_of_megatrons_builder(tmp_path: Path, tokenize: Tokenize) -> None:

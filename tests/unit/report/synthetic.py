@@ -108,7 +108,7 @@ def _fill(stage: str, folder: Path, sample: str) -> None:
     if stage == "data":
         split = {"num_documents": 900, "num_tokens": 3_276_800, "num_bytes": 12_000_000}
         about = {"eos_id": 0, "vocab_size": 49152, "dtype": "uint16"}
-        hashes = {"tokenizer_sha256": "a", "source_fingerprint": "b", "train_sha256": "c"}
+        hashes = {"tokenizer_sha256": "a", "source_fingerprint": "b", "train_sha256": "c", "heldout_fraction": 0.05}
         (folder / "data.json").write_text(json.dumps({"train": split, "heldout": split, **about, **hashes}))
     elif kind == "eval":
         loss = LOSSES[role]

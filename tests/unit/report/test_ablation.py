@@ -66,7 +66,7 @@ def _ablation(config: RunConfig, *, train_tokens: int = 10 * TOKENS) -> Ablation
         _write(run, stage, "model.json", shape.to_dict())
     split = {"num_documents": 1, "num_tokens": train_tokens + 1, "num_bytes": 1}
     about = {"eos_id": 0, "vocab_size": 49152, "dtype": "uint16"}
-    hashes = {"tokenizer_sha256": "a", "source_fingerprint": "b", "train_sha256": "c"}
+    hashes = {"tokenizer_sha256": "a", "source_fingerprint": "b", "train_sha256": "c", "heldout_fraction": 0.05}
     _write(run, "data", "data.json", {"train": split, "heldout": split, **about, **hashes})
     return collect_ablation(run, config)
 

@@ -1,9 +1,13 @@
 """Digests of files: those of hashlib, and remembered for as long as a file stays as it is."""
 
+import errno
 import hashlib
 import json
 import os
+import threading
 from pathlib import Path
+from types import SimpleNamespace
+from typing import BinaryIO
 
 import pytest
 
@@ -49,7 +53,7 @@ def test_digests_are_those_of_the_content_in_order(files: list[Path]) -> None:
 def test_a_file_that_stays_is_not_read_again(files: list[Path], notes: Path) -> None:
     hashed(files)
     kept = json.loads(notes.read_text())
-    assert list(kept) == [str(file) for file in files]
+    assert set(kept) == {str(file) for file in files}
     kept[str(files[1])][1] = "remembered"
     notes.write_text(json.dumps(kept))
     assert hashed(files)[1] == "remembered"
@@ -97,3 +101,38 @@ def test_a_cache_that_cannot_be_written(files: list[Path], notes: Path) -> None:
 def test_an_unreadable_file_is_the_callers_error(files: list[Path], tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"gone.bin cannot be read: No such file or directory; mend it"):
         hashed([*files, tmp_path / "gone.bin"])
+
+
+def test_a_disk_that_fails_is_named_and_what_was_hashed_is_kept(
+    files: list[Path], notes: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real_digest = digests._digest
+
+    def failing(stream: BinaryIO, given_up: threading.Event) -> str:
+        if stream.name == str(files[4]):
+            raise OSError(errno.EIO, "Input/output error")
+        return real_digest(stream, given_up)
+
+    monkeypatch.setattr(digests, "_digest", failing)
+    with pytest.raises(DataError, match=r"4.bin cannot be read: Input/output error; mend it"):
+        hashed(files)
+    assert str(files[0]) in json.loads(notes.read_text())
+
+
+def test_a_file_system_without_a_time_of_change_is_not_trusted(files: list[Path], notes: Path) -> None:
+    """Which gives whole seconds of the content's time for it; the clock of these files is finer."""
+    second = files[0].stat().st_ctime_ns // 10**9 * 10**9
+    settled = SimpleNamespace(st_ctime_ns=second, st_mtime_ns=second, st_ctime=second / 1e9)
+    with files[0].open("rb") as stream, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(digests.os, "fstat", lambda _number: settled)
+        assert not digests._is_settled(stream)
+    with files[0].open("rb") as stream:
+        assert digests._is_settled(stream)
+
+
+def test_a_user_without_a_home(files: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setattr("os.path.expanduser", lambda path: path)  # as where neither HOME nor passwd has one
+    monkeypatch.chdir(tmp_path)
+    assert hashed(files) == real(files)
+    assert not (tmp_path / "~").exists()

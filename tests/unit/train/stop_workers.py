@@ -2,6 +2,8 @@
 
 import signal
 import threading
+import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,7 +16,7 @@ from minitron.config.run import TrackingConfig
 from minitron.data.batch import Batch
 from minitron.errors import StoppedError
 from minitron.runtime.progress import StageProgress
-from minitron.runtime.signals import STOP_SIGNAL, hold_stop_signal, stop_agreement
+from minitron.runtime.signals import STOP_SIGNAL, hold_stop_signal, stop_agreement, stop_was_asked, work_of_one
 from minitron.runtime.tracking import MetricsWriter, read_metrics
 from minitron.train.heldout import HeldoutLoss
 from minitron.train.loop import TrainJob, train
@@ -60,7 +62,41 @@ def stopped_loop(
                 train(replace(job, stop_agreed=stop_agreed))
         except StoppedError as caught:
             stopped = str(caught)
-            if groups.world_rank == asked_rank:
-                signal.sigwait({STOP_SIGNAL})  # the next call of this process is not asked
+        _forget_signal()
         torch.distributed.barrier()  # rank 0 has written its last record
     return read_metrics(folder), stopped
+
+
+def _forget_signal() -> None:
+    """The next call of this process is not asked."""
+    if stop_was_asked():
+        signal.sigwait({STOP_SIGNAL})
+
+
+def stopped_work(*, asked_rank: int) -> str:
+    """Rank 0 works alone until it hears that a rank was asked to stop; how it ended on this rank."""
+    hold_stop_signal()
+    rank = torch.distributed.get_rank()
+
+    def work(should_stop: Callable[[], bool]) -> str:
+        for number in range(1000):
+            if should_stop():
+                raise StoppedError("saved")
+            if number == 3 and asked_rank == 0:
+                signal.pthread_kill(threading.get_ident(), STOP_SIGNAL)
+            time.sleep(0.02)
+        return "finished"
+
+    if rank == asked_rank == 1:
+        signal.pthread_kill(threading.get_ident(), STOP_SIGNAL)
+    try:
+        told = work_of_one(work, is_main=rank == 0) or "waited"
+    except StoppedError as stopped:
+        told = f"stopped: {stopped}"
+    _forget_signal()
+    return told
+
+
+def done_work() -> int | None:
+    """Work that nobody stops, of rank 0."""
+    return work_of_one(lambda should_stop: 7 + should_stop(), is_main=torch.distributed.get_rank() == 0)

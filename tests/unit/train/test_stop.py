@@ -42,3 +42,15 @@ def test_asked_in_the_last_step_but_one_the_run_is_finished(pool: WorkerPool, tm
         assert stopped == ""
         assert [record["step"] for record in records] == [1, 2, 3, 4, 5, 6, 7]
     assert saved_steps(tmp_path / "states") == []
+
+
+@pytest.mark.parametrize("asked_rank", [0, 1])
+def test_rank_0_that_works_alone_hears_of_a_stop(pool: WorkerPool, asked_rank: int) -> None:
+    assert pool.run(stop_workers.stopped_work, 2, asked_rank=asked_rank) == [
+        "stopped: saved",
+        "stopped: stopped with rank 0",
+    ]
+
+
+def test_work_of_rank_0_that_nobody_stops(pool: WorkerPool) -> None:
+    assert pool.run(stop_workers.done_work, 2) == [7, None]
