@@ -125,14 +125,14 @@ def _tokenized(session: Session, out: Path, should_stop: Callable[[], bool]) -> 
     """Write the data folder; what ``data`` says of it."""
     model = session.run.stage("import")
     with session.progress("data") as progress:
-        # The amount of text is not known before it is read: the bar counts megabytes as they come.
-        limit = session.config.data.max_bytes or 0
+        limit = session.config.data.max_bytes  # else the amount of text is not known before it is read
         summary = build_dataset(
             session.config.data,
             tokenizer_dir=model / "hf",
             vocab_size=read_model_config(model).vocab_size,
             out_dir=out,
-            on_progress=lambda _documents, done: progress.update(done, max(limit, done)),
+            planned_text=session.digests["text"],
+            on_progress=lambda _documents, done: progress.update(done, max(limit, done) if limit else None),
             should_stop=should_stop,
         )
     check_sequences(session.config, out)  # now, not when training starts

@@ -36,8 +36,8 @@ def note_attempt(run: Path, stages: Sequence[str], *, limit: int) -> None:
         idle += 1
     if idle > limit:
         raise PlatformError(
-            f"job {job.job_id} was started again {idle} times without saving a step or finishing a stage; see its log "
-            f"for the reason, and raise launch.time_limit (alone_time_limit for a job of one process), or lower "
+            f"job {job.job_id} was started again {idle} times without saving anything or finishing a stage; see its "
+            "log for the reason, and raise launch.time_limit (alone_time_limit for a job of one process), or lower "
             "distill.train.save_interval_steps or launch.signal_lead_s"
         )
     file.parent.mkdir(parents=True, exist_ok=True)

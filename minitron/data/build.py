@@ -5,6 +5,7 @@ import json
 from collections.abc import Callable
 from contextlib import closing
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,8 @@ import numpy as np
 from megatron.core.datasets.indexed_dataset import DType
 
 from minitron.config.data import DataConfig
-from minitron.data.growing import SAVE_EVERY_BYTES, GrowingDataset
-from minitron.data.packed import open_split
+from minitron.data.growing import SAVE_EVERY_BYTES, GrowingDataset, forget_progress
+from minitron.data.packed import check_split
 from minitron.data.sources import iter_documents, source_fingerprint
 from minitron.data.summary import SUMMARY_NAME, DatasetSummary, Split, check_tokens, load_summary, save_summary
 from minitron.data.tokenize import TokenizerSpec, encode_documents, load_tokenizer_spec
@@ -28,6 +29,7 @@ def build_dataset(
     tokenizer_dir: Path,
     vocab_size: int,
     out_dir: Path,
+    planned_text: str | None = None,
     on_progress: Callable[[int, int], None] | None = None,
     should_stop: Callable[[], bool] = lambda: False,
 ) -> DatasetSummary:
@@ -43,23 +45,28 @@ def build_dataset(
         tokenizer_dir: local folder of a Hugging Face tokenizer.
         vocab_size: the model's vocabulary; every id must lie below it.
         out_dir: made if missing; files of an earlier build of other text are replaced.
+        planned_text: `source_fingerprint` that the text had when the work was planned.
         on_progress: called with (documents, bytes of text) done so far, about every 0.5 MB.
         should_stop: asked as often; when it says so, what is done is saved.
 
     Raises:
-        DataError: the text is missing or broken, or a split is shorter than one sequence.
+        DataError: the text is missing or broken or no longer what was planned, or a split is shorter than one
+            sequence.
         ModelError: the tokenizer cannot be used or does not fit the model.
         PlatformError: a tokenizing process died.
         StoppedError: ``should_stop`` said so.
     """
     spec = load_tokenizer_spec(tokenizer_dir, vocab_size=vocab_size, parse_special_tokens=cfg.parse_special_tokens)
+    fingerprint = source_fingerprint(cfg)
+    if planned_text not in (None, fingerprint):
+        raise DataError("the text has changed since this job was submitted or started: run the same command again")
     dtype = DType.optimal_dtype(vocab_size)
     facts: dict[str, Any] = {
         "eos_id": spec.eos_id,
         "vocab_size": vocab_size,
         "dtype": np.dtype(dtype).name,
         "tokenizer_sha256": spec.sha256,
-        "source_fingerprint": source_fingerprint(cfg),
+        "source_fingerprint": fingerprint,
         "heldout_fraction": cfg.heldout_fraction,
     }
     summary = _made_before(out_dir, facts) or _make(cfg, spec, facts, out_dir, on_progress, should_stop)
@@ -72,11 +79,14 @@ def _made_before(out_dir: Path, facts: dict[str, Any]) -> DatasetSummary | None:
     """What a finished folder of the same text says, where its files are those that it describes."""
     try:
         summary = load_summary(out_dir)
+        if not facts.items() <= asdict(summary).items():
+            return None
         for split in Split:
-            open_split(out_dir, split)
+            check_split(out_dir, split)
     except DataError:
         return None
-    return summary if facts.items() <= asdict(summary).items() else None
+    forget_progress(out_dir)  # a kill may have left it
+    return summary
 
 
 def _make(
@@ -99,7 +109,7 @@ def _make(
             train=splits[Split.train], heldout=splits[Split.heldout], train_sha256=train_sha256, **facts
         )
         save_summary(out_dir, summary)
-        made.forget()
+    forget_progress(out_dir)
     return summary
 
 
@@ -111,7 +121,8 @@ def _tokenize(
     should_stop: Callable[[], bool],
 ) -> None:
     """Add the documents that are not there yet."""
-    documents = iter_documents(cfg, after=made.progress.position)
+    go_on = partial(_stop_if_asked, made, should_stop)
+    documents = iter_documents(cfg, after=made.progress.position, on_skip=go_on)
     with closing(encode_documents(documents, spec, num_workers=cfg.num_workers)) as batches:
         for batch in batches:
             for document, ids in batch:
@@ -119,7 +130,7 @@ def _tokenize(
             made.save(every_bytes=SAVE_EVERY_BYTES)
             if on_progress is not None:
                 on_progress(made.progress.num_documents, made.progress.position.num_bytes)
-            _stop_if_asked(made, should_stop)
+            go_on()
 
 
 def _stop_if_asked(made: GrowingDataset, should_stop: Callable[[], bool]) -> None:

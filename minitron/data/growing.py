@@ -29,7 +29,7 @@ class Progress:
     """Contents of ``progress.json``.
 
     Attributes:
-        source: What is read and how it is divided, as a hash; other text starts anew.
+        source: What is read and how it is divided; other text starts anew.
         position: How far the text has been read.
         splits: What both splits hold.
     """
@@ -64,6 +64,8 @@ class GrowingDataset:
         self.progress = Progress(source=source, position=START, splits=none)
         if saved is not None and saved.source == source and self._is_there(saved):
             self.progress = saved
+        else:  # what is written from here on must not be taken for what it says
+            (out_dir / PROGRESS_NAME).unlink(missing_ok=True)
         self._saved_at = self.progress.position.num_bytes
         self._ids = {split: _cut(self._path(split, "bin"), self._sizes(split)[0]) for split in Split}
         self._lengths = {split: _cut(self._path(split, "lengths"), self._sizes(split)[1]) for split in Split}
@@ -100,12 +102,6 @@ class GrowingDataset:
             index.sequence_lengths, index.document_indices = lengths, np.arange(len(lengths) + 1)
             index.finalize(str(self._path(split, "idx")))
 
-    def forget(self) -> None:
-        """Remove what only a build needs, once the folder is finished."""
-        for split in Split:
-            self._path(split, "lengths").unlink()
-        (self._out_dir / PROGRESS_NAME).unlink()
-
     def close(self) -> None:
         """Close the files."""
         for stream in (*self._ids.values(), *self._lengths.values()):
@@ -124,6 +120,12 @@ class GrowingDataset:
         files = [self._path(split, suffix) for split in Split for suffix in ("bin", "lengths")]
         sizes = [size for split in Split for size in self._sizes(split, saved)]
         return all(file.is_file() and file.stat().st_size >= size for file, size in zip(files, sizes, strict=True))
+
+
+def forget_progress(out_dir: Path) -> None:
+    """Remove what only a build needs, once the folder is finished."""
+    for name in (PROGRESS_NAME, *(f"{split}.lengths" for split in Split)):
+        (out_dir / name).unlink(missing_ok=True)
 
 
 def _read(file: Path) -> Progress | None:

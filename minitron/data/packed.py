@@ -96,7 +96,13 @@ class PackedSequences(GPTDataset):
 
 
 def open_split(data_dir: Path, split: Split) -> tuple[IndexedDataset, DatasetSummary]:
-    """Open a split's ``.bin/.idx`` and check it against ``data.json``.
+    """Open a split's ``.bin/.idx``, checked as `check_split` does."""
+    summary = check_split(data_dir, split)
+    return IndexedDataset(str(data_dir / split), multimodal=False, mmap=True), summary
+
+
+def check_split(data_dir: Path, split: Split) -> DatasetSummary:
+    """Check the sizes of a split's ``.bin/.idx`` against ``data.json``; what that says.
 
     Raises:
         DataError: a file is missing or is not the one that ``data.json`` describes.
@@ -107,16 +113,15 @@ def open_split(data_dir: Path, split: Split) -> tuple[IndexedDataset, DatasetSum
     num_bytes = size.num_tokens * np.dtype(summary.dtype).itemsize
     for suffix in (".bin", ".idx"):
         if not prefix.with_suffix(suffix).is_file():
-            raise DataError(f"{prefix}{suffix}: no such file: run `minitron data` again")
+            raise DataError(f"{prefix}{suffix}: no such file: remove {data_dir} and run `minitron data`")
     on_disk = prefix.with_suffix(".bin").stat().st_size
     if on_disk != num_bytes:
         raise DataError(
             f"{prefix}.bin: {on_disk} bytes but data.json counts {size.num_tokens} tokens of "
-            f"{summary.dtype} = {num_bytes} bytes: run `minitron data` again"
+            f"{summary.dtype} = {num_bytes} bytes: remove {data_dir} and run `minitron data`"
         )
     _check_index(prefix.with_suffix(".idx"), size.num_documents)
-    tokens = IndexedDataset(str(prefix), multimodal=False, mmap=True)
-    return tokens, summary
+    return summary
 
 
 def _check_index(path: Path, num_documents: int) -> None:
@@ -127,5 +132,5 @@ def _check_index(path: Path, num_documents: int) -> None:
     if head != INDEX_MAGIC or path.stat().st_size != expected:
         raise DataError(
             f"{path}: {path.stat().st_size} bytes, not an index of {num_documents} documents "
-            f"({expected} bytes): run `minitron data` again"
+            f"({expected} bytes): remove {path.parent} and run `minitron data`"
         )

@@ -11,8 +11,8 @@ import hashlib
 import json
 import math
 import zlib
-from collections.abc import Iterator
-from itertools import chain, islice
+from collections.abc import Callable, Iterator
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -28,12 +28,15 @@ PART_CHARS = 64 * 1024
 MAX_PART_CHARS = 1024 * 1024
 
 
-def iter_documents(cfg: DataConfig, *, after: Position = START) -> Iterator[Document]:
+def iter_documents(
+    cfg: DataConfig, *, after: Position = START, on_skip: Callable[[], None] = lambda: None
+) -> Iterator[Document]:
     """Yield the documents that ``cfg`` names, in a fixed order, up to ``cfg.max_bytes``.
 
     Args:
         cfg: the text.
         after: where to go on.
+        on_skip: called for each document before that which has to be read again.
 
     Raises:
         DataError: a path is missing, of an unknown kind, broken, or nothing at all was found.
@@ -41,7 +44,7 @@ def iter_documents(cfg: DataConfig, *, after: Position = START) -> Iterator[Docu
     num_bytes, most = after.num_bytes, math.inf if cfg.max_bytes is None else cfg.max_bytes
     if num_bytes >= most:
         return
-    for document in _iter_all(cfg, after):
+    for document in _iter_all(cfg, after, on_skip):
         yield document
         num_bytes += document.num_bytes
         if num_bytes >= most:
@@ -125,18 +128,29 @@ def list_files(paths: list[str]) -> list[Path]:
     return files
 
 
-def _iter_all(cfg: DataConfig, after: Position) -> Iterator[Document]:
+def _iter_all(cfg: DataConfig, after: Position, on_skip: Callable[[], None]) -> Iterator[Document]:
     """Files are passed over whole where `source_fingerprint` knows them; where it does not, documents are counted."""
+    if not _reads_whole_files(cfg):
+        yield from _skipping(_iter_counted(cfg), after.num_documents, on_skip)
+        return
+    for number, path in enumerate(list_files(cfg.paths)):
+        if number >= after.file:
+            documents = _iter_file(path, number, cfg.text_key)
+            yield from _skipping(documents, after.num_documents if number == after.file else 0, on_skip)
+
+
+def _iter_counted(cfg: DataConfig) -> Iterator[Document]:
     if cfg.source is DataSource.local_text:
-        yield from islice(iter_local_text(site_packages()), after.num_documents, None)
-    elif not _reads_whole_files(cfg):
-        files = (_iter_file(path, 0, cfg.text_key) for path in list_files(cfg.paths))
-        yield from islice(chain.from_iterable(files), after.num_documents, None)
-    else:
-        for number, path in enumerate(list_files(cfg.paths)):
-            if number >= after.file:
-                first = after.num_documents if number == after.file else 0
-                yield from islice(_iter_file(path, number, cfg.text_key), first, None)
+        yield from iter_local_text(site_packages())
+        return
+    for path in list_files(cfg.paths):
+        yield from _iter_file(path, 0, cfg.text_key)
+
+
+def _skipping(documents: Iterator[Document], number: int, on_skip: Callable[[], None]) -> Iterator[Document]:
+    for _ in islice(documents, number):
+        on_skip()
+    yield from documents
 
 
 def _reads_whole_files(cfg: DataConfig) -> bool:

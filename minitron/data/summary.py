@@ -84,7 +84,7 @@ def load_summary(data_dir: Path) -> DatasetSummary:
             f"{path}: not found, so {data_dir} is not a finished data folder: run `minitron data`"
         ) from error
     except (ValueError, TypeError, KeyError) as error:
-        raise DataError(f"{path}: not readable ({error}): run `minitron data` again") from error
+        raise DataError(f"{path}: not readable ({error}): remove {data_dir} and run `minitron data`") from error
 
 
 def require_tokens(data_dir: Path, split: Split, *, num_sequences: int, seq_length: int) -> int:

@@ -18,7 +18,8 @@ from minitron.errors import LayoutError, PlatformError, StoppedError
 from minitron.runtime.env import DistEnv, hide_gpus, num_cores
 
 COLLECTIVE_TIMEOUT = datetime.timedelta(hours=2)
-"""Longer than any stage that one rank does alone while the others wait (import, export); tokenizing has no limit."""
+"""Longer than any stage that one rank does alone while the others wait (import, export); that which tokenizes is heard
+of now and then."""
 
 
 MOST_RANKS_PER_CORE = 8

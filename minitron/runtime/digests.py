@@ -10,7 +10,7 @@ import os
 import threading
 import time
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import CancelledError, ThreadPoolExecutor
 from pathlib import Path
 from typing import BinaryIO
 
@@ -61,7 +61,7 @@ def sha256_of(files: Sequence[Path], *, unreadable: type[MinitronError]) -> list
                     notes[name] = (stamp, found)
             return found
         except OSError as error:
-            raise unreadable(f"{file} cannot be read: {error.strerror}; mend it, or name another") from error
+            raise unreadable(f"{file} cannot be read: {error.strerror or error}; mend it, or name another") from error
 
     try:
         with ThreadPoolExecutor(min(_FILES_AT_ONCE, num_cores())) as threads:
@@ -72,12 +72,14 @@ def sha256_of(files: Sequence[Path], *, unreadable: type[MinitronError]) -> list
                 raise
     finally:
         if notes:
-            _remember(notes)
+            _remember(dict(notes))
 
 
 def _digest(stream: BinaryIO, given_up: threading.Event) -> str:
     digest = hashlib.sha256()
-    while not given_up.is_set() and (block := stream.read(_BLOCK_BYTES)):
+    while block := stream.read(_BLOCK_BYTES):
+        if given_up.is_set():
+            raise CancelledError  # what is half read is not noted
         digest.update(block)
     return digest.hexdigest()
 

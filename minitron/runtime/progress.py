@@ -70,12 +70,14 @@ class StageProgress:
         if self._live is not None:
             self._live.stop()
 
-    def update(self, done: int, total: int, *, loss: float | None = None, tokens_per_s: float | None = None) -> None:
+    def update(
+        self, done: int, total: int | None, *, loss: float | None = None, tokens_per_s: float | None = None
+    ) -> None:
         """Report where the stage is.
 
         Args:
             done: Units finished.
-            total: Units in all.
+            total: Units in all; None where nobody knows.
             loss: Latest loss, in nats per token.
             tokens_per_s: Speed over the latest interval.
         """
@@ -93,17 +95,15 @@ class StageProgress:
         now = time.monotonic()
         if self._first_done is None:
             self._first_done = done
-        if done < total and now - self._last_line < _LINE_INTERVAL_S:
+        if (total is None or done < total) and now - self._last_line < _LINE_INTERVAL_S:
             return
         self._last_line = now
-        self._console.print(
-            f"  {self._stage}: {done}/{total}  {note}  {self._time_left(done, total, now)}",
-            highlight=False,
-        )
+        shown = f"{done}" if total is None else f"{done}/{total}"
+        self._console.print(f"  {self._stage}: {shown}  {note}  {self._time_left(done, total, now)}", highlight=False)
 
-    def _time_left(self, done: int, total: int, now: float) -> str:
+    def _time_left(self, done: int, total: int | None, now: float) -> str:
         elapsed = now - self._started
         new = done - (self._first_done or 0)
-        if done >= total or new <= 0:
+        if total is None or done >= total or new <= 0:
             return f"{elapsed:.0f} s"
         return f"{elapsed:.0f} s, about {elapsed / new * (total - done):.0f} s left"

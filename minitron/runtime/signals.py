@@ -46,8 +46,8 @@ def work_of_one[T](work: Callable[[Callable[[], bool]], T], *, is_main: bool) ->
     """Let rank 0 work while the others wait, for longer than a collective may take; called by all ranks.
 
     Args:
-        work: What rank 0 does. It is given a question to ask again and again: shall it stop? When any rank was asked
-            to, it should save and raise the error.
+        work: What rank 0 does. It is given a question to ask again and again, at least once in the timeout of a
+            collective: shall it stop? When any rank was asked to, it should save and raise the error.
         is_main: Whether this is rank 0.
 
     Returns:

@@ -22,7 +22,7 @@ def _start(run: Path, env: Env, restarts: int) -> None:
 def test_two_idle_restarts_are_allowed_and_no_third(tmp_path: Path, monkeypatch: Env) -> None:
     for restarts in range(3):
         _start(tmp_path, monkeypatch, restarts)
-    with pytest.raises(PlatformError, match="job 7 was started again 3 times without saving a step or finishing"):
+    with pytest.raises(PlatformError, match="job 7 was started again 3 times without saving anything or finishing"):
         _start(tmp_path, monkeypatch, 3)
 
 

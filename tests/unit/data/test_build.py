@@ -177,5 +177,5 @@ def test_too_few_tokens(tmp_path: Path, build: Build) -> None:
 
 def test_broken_summary(tmp_path: Path) -> None:
     (tmp_path / "data.json").write_text('{"train": {}}')
-    with pytest.raises(DataError, match=r"data.json: not readable .* run `minitron data` again"):
+    with pytest.raises(DataError, match=r"data.json: not readable .* remove .* and run `minitron data`"):
         load_summary(tmp_path)

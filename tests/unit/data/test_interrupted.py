@@ -147,6 +147,56 @@ def test_what_a_kill_left_beyond_the_last_note_is_given_up(tmp_path: Path, token
     assert content(parts) == content(tmp_path / "whole")
 
 
+def test_what_other_text_has_left_is_not_taken_for_one_s_own(
+    tmp_path: Path, tokenize: Tokenize, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A, then B killed before its first note, then A again."""
+    tokenize(tmp_path / "whole")
+    parts = tmp_path / "parts"
+    with pytest.raises(StoppedError):
+        tokenize(parts, batches=4)
+    with monkeypatch.context() as patch:
+        patch.setattr("minitron.data.build.SAVE_EVERY_BYTES", 8000)
+        patch.setattr("minitron.data.growing.write_json", killed)
+        with pytest.raises(OSError, match="killed"):
+            tokenize(parts, heldout_fraction=0.5)
+    tokenize(parts)
+    assert content(parts) == content(tmp_path / "whole")
+
+
+def killed(_path: Path, _values: object) -> None:
+    """In place of a note."""
+    raise OSError("killed")
+
+
+def test_an_empty_split_is_an_error_each_time(tmp_path: Path, tokenize: Tokenize) -> None:
+    for _ in range(2):
+        with pytest.raises(DataError, match="split 'heldout' has 0 tokens"):
+            tokenize(tmp_path / "parts", heldout_fraction=1e-9)
+    tokenize(tmp_path / "parts")
+    tokenize(tmp_path / "whole")
+    assert content(tmp_path / "parts") == content(tmp_path / "whole")
+
+
+def test_text_that_has_changed_since_it_was_planned(tmp_path: Path, corpus: Path, tokenizer_dir: Path) -> None:
+    cfg = DataConfig(source=DataSource.files, paths=[str(corpus)])
+    with pytest.raises(DataError, match="the text has changed since this job was submitted or started"):
+        build_dataset(
+            cfg, tokenizer_dir=tokenizer_dir, vocab_size=VOCAB_SIZE, out_dir=tmp_path / "out", planned_text="other"
+        )
+    assert not (tmp_path / "out").exists()
+
+
+def test_stopped_while_it_reads_again_what_it_had(tmp_path: Path, tokenize: Tokenize) -> None:
+    parts = tmp_path / "parts"
+    with pytest.raises(StoppedError):
+        tokenize(parts, batches=4, max_bytes=14_000)
+    saved = (parts / "progress.json").read_bytes()
+    with pytest.raises(StoppedError):
+        tokenize(parts, batches=0, max_bytes=14_000)
+    assert (parts / "progress.json").read_bytes() == saved
+
+
 @pytest.mark.parametrize("damage", ["short", "missing", "other text"])
 def test_what_cannot_be_gone_on_with_starts_anew(tmp_path: Path, tokenize: Tokenize, damage: str) -> None:
     tokenize(tmp_path / "whole")

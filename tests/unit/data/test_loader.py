@@ -246,11 +246,11 @@ def test_damaged_folder_is_found(data_dir: Path, tmp_path: Path) -> None:
     (tmp_path / "train.bin").write_bytes(whole[:-2])
     with pytest.raises(
         DataError,
-        match=rf"train.bin: {len(whole) - 2} bytes but .* of uint16 = {len(whole)} bytes: run",
+        match=rf"train.bin: {len(whole) - 2} bytes but .* of uint16 = {len(whole)} bytes: remove",
     ):
         train(tmp_path)
     (tmp_path / "train.bin").unlink()
-    with pytest.raises(DataError, match=r"train.bin: no such file: run `minitron data` again"):
+    with pytest.raises(DataError, match=r"train.bin: no such file: remove .* and run `minitron data`"):
         train(tmp_path)
 
 
@@ -264,9 +264,9 @@ def test_damaged_index_is_found(data_dir: Path, tmp_path: Path, kept: int | None
     else:
         index.write_bytes(index.read_bytes()[:kept])
     documents = load_summary(tmp_path).heldout.num_documents
-    with pytest.raises(DataError, match=rf"heldout.idx: \d+ bytes, not an index of {documents} documents .*: run"):
+    with pytest.raises(DataError, match=rf"heldout.idx: \d+ bytes, not an index of {documents} documents .*: remove "):
         heldout(tmp_path)
     index.unlink()
-    with pytest.raises(DataError, match=r"heldout.idx: no such file: run `minitron data` again"):
+    with pytest.raises(DataError, match=r"heldout.idx: no such file: remove .* and run `minitron data`"):
         heldout(tmp_path)
     assert train(tmp_path).microbatches(0)  # the other split is whole

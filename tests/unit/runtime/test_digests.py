@@ -4,6 +4,8 @@ import errno
 import hashlib
 import json
 import os
+import subprocess
+import sys
 import threading
 from pathlib import Path
 from types import SimpleNamespace
@@ -136,3 +138,33 @@ def test_a_user_without_a_home(files: list[Path], tmp_path: Path, monkeypatch: p
     monkeypatch.chdir(tmp_path)
     assert hashed(files) == real(files)
     assert not (tmp_path / "~").exists()
+
+
+def test_what_was_half_read_is_not_noted(files: list[Path], tmp_path: Path) -> None:
+    large = tmp_path / "large.bin"
+    large.write_bytes(bytes(2**28))
+    interrupted = subprocess.run(
+        [sys.executable, "-c", INTERRUPTED, str(large), *map(str, files)],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert interrupted.stdout == "interrupted\n", interrupted.stderr
+    assert hashed([large, *files]) == real([large, *files])
+
+
+INTERRUPTED = """
+import os, signal, sys, threading
+from pathlib import Path
+from minitron.errors import DataError
+from minitron.runtime import digests
+
+digests.REMEMBERED_FROM_BYTES, digests._SETTLED_AFTER_S = 1, -1
+threading.Timer(0.05, os.kill, (os.getpid(), signal.SIGINT)).start()
+digests._BLOCK_BYTES = 2**12  # slow
+try:
+    digests.sha256_of([Path(name) for name in sys.argv[1:]], unreadable=DataError)
+except KeyboardInterrupt:
+    print("interrupted")
+"""
