@@ -19,8 +19,7 @@ from minitron.data.sources import iter_documents, source_fingerprint
 from minitron.data.summary import SUMMARY_NAME, DatasetSummary, Split, check_tokens, load_summary, save_summary
 from minitron.data.tokenize import TokenizerSpec, encode_documents, load_tokenizer_spec
 from minitron.errors import DataError, StoppedError
-
-_BLOCK_BYTES = 16 * 2**20
+from minitron.runtime.digests import digest_of
 
 
 def build_dataset(
@@ -144,10 +143,6 @@ def _content_sha256(prefix: Path, made: GrowingDataset, should_stop: Callable[[]
     """Hash of a split's ids and of its index, which has the documents' lengths."""
     digest = hashlib.sha256()
     for suffix in (".bin", ".idx"):
-        content = hashlib.sha256()
         with prefix.with_suffix(suffix).open("rb") as stream:
-            while block := stream.read(_BLOCK_BYTES):
-                content.update(block)
-                _stop_if_asked(made, should_stop)
-        digest.update(content.digest())
+            digest.update(bytes.fromhex(digest_of(stream, partial(_stop_if_asked, made, should_stop))))
     return digest.hexdigest()

@@ -139,7 +139,6 @@ def _read(file: Path) -> Progress | None:
 
 def _cut(file: Path, size: int) -> BinaryIO:
     """Open a file to append at ``size`` bytes; what lies beyond is given up."""
-    stream = file.open("r+b" if file.exists() else "w+b")
+    stream = file.open("ab")
     stream.truncate(size)
-    stream.seek(size)
     return stream

@@ -9,7 +9,7 @@ import json
 import os
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import CancelledError, ThreadPoolExecutor
 from pathlib import Path
 from typing import BinaryIO
@@ -49,6 +49,10 @@ def sha256_of(files: Sequence[Path], *, unreadable: type[MinitronError]) -> list
     """
     remembered, notes, given_up = _remembered(), dict[str, Note](), threading.Event()
 
+    def go_on() -> None:
+        if given_up.is_set():
+            raise CancelledError  # what is half read is not noted
+
     def digest(file: Path) -> str:
         try:
             with file.open("rb") as stream:  # opened also to be looked at: NFS asks its server then, and not before
@@ -56,7 +60,7 @@ def sha256_of(files: Sequence[Path], *, unreadable: type[MinitronError]) -> list
                 known = remembered.get(name)
                 if known is not None and known[0] == stamp:
                     return known[1]
-                found = _digest(stream, given_up)
+                found = digest_of(stream, go_on)
                 if stamp[0] >= REMEMBERED_FROM_BYTES and _is_settled(stream) and _stamp(stream) == stamp:
                     notes[name] = (stamp, found)
             return found
@@ -75,11 +79,11 @@ def sha256_of(files: Sequence[Path], *, unreadable: type[MinitronError]) -> list
             _remember(dict(notes))
 
 
-def _digest(stream: BinaryIO, given_up: threading.Event) -> str:
+def digest_of(stream: BinaryIO, on_block: Callable[[], None]) -> str:
+    """SHA-256 (hex) of what is left in a stream; ``on_block`` is called for every MiB and may end it by raising."""
     digest = hashlib.sha256()
     while block := stream.read(_BLOCK_BYTES):
-        if given_up.is_set():
-            raise CancelledError  # what is half read is not noted
+        on_block()
         digest.update(block)
     return digest.hexdigest()
 

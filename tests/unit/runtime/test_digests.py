@@ -6,7 +6,7 @@ import json
 import os
 import subprocess
 import sys
-import threading
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import BinaryIO
@@ -108,14 +108,14 @@ def test_an_unreadable_file_is_the_callers_error(files: list[Path], tmp_path: Pa
 def test_a_disk_that_fails_is_named_and_what_was_hashed_is_kept(
     files: list[Path], notes: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real_digest = digests._digest
+    real_digest = digests.digest_of
 
-    def failing(stream: BinaryIO, given_up: threading.Event) -> str:
+    def failing(stream: BinaryIO, on_block: Callable[[], None]) -> str:
         if stream.name == str(files[4]):
             raise OSError(errno.EIO, "Input/output error")
-        return real_digest(stream, given_up)
+        return real_digest(stream, on_block)
 
-    monkeypatch.setattr(digests, "_digest", failing)
+    monkeypatch.setattr(digests, "digest_of", failing)
     with pytest.raises(DataError, match=r"4.bin cannot be read: Input/output error; mend it"):
         hashed(files)
     assert str(files[0]) in json.loads(notes.read_text())
@@ -162,13 +162,13 @@ from minitron.runtime import digests
 
 digests.REMEMBERED_FROM_BYTES, digests._SETTLED_AFTER_S = 1, -1
 digests._BLOCK_BYTES = 2**12  # slow
-digest, kills = digests._digest, iter([lambda: os.kill(os.getpid(), signal.SIGINT)])
+digest, kills = digests.digest_of, iter([lambda: os.kill(os.getpid(), signal.SIGINT)])
 
-def interrupting(stream, given_up):
+def interrupting(stream, on_block):
     next(kills, lambda: None)()  # as the first file, the large one, begins to be read
-    return digest(stream, given_up)
+    return digest(stream, on_block)
 
-digests._digest = interrupting
+digests.digest_of = interrupting
 try:
     digests.sha256_of([Path(name) for name in sys.argv[1:]], unreadable=DataError)
 except KeyboardInterrupt:
